@@ -1,0 +1,56 @@
+# Every target is complete on a fresh clone: it makes .venv and installs what constraints.txt pins, then works.
+# Another Python: `make PYTHON=python3.12 run`. Without an NVIDIA card the index of CPU builds saves gigabytes:
+# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make run`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Absolute, because notebooks and kernels run in other folders.
+COVERAGE := COVERAGE_FILE="$(CURDIR)/.coverage" $(BIN)/coverage run --source="$(CURDIR)/scilm_adapt"
+VERSION_CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("scilm_adapt needs Python 3.11 or newer, and $(PYTHON) is " \
+	+ sys.version.split()[0] + ": name a newer one, as in `make PYTHON=python3.12 run`.")
+
+.DEFAULT_GOAL := help
+.PHONY: help run test docs lab export clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+run: $(INSTALLED)  ## adapt a small model with the quickstart preset: a few minutes on two cores, results in outputs/quickstart
+	@$(BIN)/scilm run -f nbs/presets/quickstart.yaml -o outputs/quickstart
+
+test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at most fifteen minutes
+	@echo '== generated files'
+	@$(BIN)/python tests/in_sync.py
+	@echo '== notebooks'
+	@rm -f .coverage .coverage.*
+	@$(COVERAGE) tests/run_notebooks.py
+	@echo '== tests'
+	@$(COVERAGE) -m pytest
+	@echo '== lines of scilm_adapt run by notebooks and tests together'
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report --fail-under=90
+
+docs: $(INSTALLED)  ## the site as plain files in _docs, without Quarto
+	@echo '== site'
+	@$(BIN)/python nbs/_render/build.py
+
+lab: $(INSTALLED)  ## the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+export: $(INSTALLED)  ## after editing a notebook: write scilm_adapt/, clean the notebooks, renew the badges
+	@$(BIN)/python nbs/_render/badges.py
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+
+clean:  ## remove what was built; outputs/ and .venv stay
+	@rm -rf _proc _docs build dist *.egg-info nbs/nbdev.yml .coverage .coverage.* .pytest_cache .hypothesis .ruff_cache
+	@find nbs scilm_adapt tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again by the next call.
+$(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo 'scilm_adapt needs Python 3.11 or newer, and there is no $(PYTHON) here: install it, or name one with `make PYTHON=… run`.'; exit 1; }
+	@$(PYTHON) -c '$(VERSION_CHECK)'
+	@echo '== installing into .venv (once; about two minutes)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
