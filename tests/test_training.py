@@ -1,0 +1,353 @@
+"""The one loop: micro-batches, processes, dropout and order change nothing they should not; numbers that are none change nothing at all."""
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from scilm_adapt.models import LanguageModel, hidden_states, logits_of, tiny, weights_hash
+from scilm_adapt.runs import InputError
+from scilm_adapt.tokens import batch_rows, encode_document, pack
+from scilm_adapt.training import adamw, document_nats, fit, lm_loss, micro_batches, muon, schedule, set_seed
+
+torch.set_num_threads(1)
+# Of very different lengths, so that micro-batches have very different numbers of targets.
+TEXTS = [('Heat flows from warm bodies to cold ones. ', 'Свет — это волна и частица. ')[n % 2]*(1 + n*n % 5) + str(n) for n in range(24)]
+
+
+def model_of(family: str = 'llama', **sizes) -> LanguageModel:
+    return tiny(TEXTS, family, **dict(hidden=32, layers=2, heads=2) | sizes)
+
+
+def ragged(lm: LanguageModel, length: int = 48):
+    "Packed rows of which some hold two targets only."
+    documents = [encode_document(lm.tokenizer, text)[:2 + 7*n % 40] for n, text in enumerate(TEXTS)]
+    return pack(documents, length, [[1]*len(ids) if n % 3 else [0]*(len(ids) - 1) + [1] for n, ids in enumerate(documents)])
+
+
+def plain_loss(model, batch): return dict(loss=lm_loss(model, batch))
+
+
+def train(lm: LanguageModel, packed, rows: int = 16, steps: int = 4, **options) -> list[dict]:
+    options = dict(learning_rate=3e-3, precision='no') | options
+    return fit(lm.model, lambda step: packed.batch(batch_rows(len(packed), rows, step, seed=0)), plain_loss, steps, **options)
+
+
+def furthest(one, other) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one.parameters(), other.parameters()))
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+@pytest.mark.parametrize('micro_batch', [1, 4, 5, 16])
+def test_the_size_of_a_micro_batch_changes_nothing(family, micro_batch):
+    "1 x 16 = 4 x 4 = 16 x 1, and parts of unequal size: the mistake that most libraries have shipped once."
+    whole, parts = model_of(family), model_of(family)
+    for lm in (whole, parts):
+        for module in lm.model.modules():
+            if isinstance(module, torch.nn.Dropout): module.p = 0.0  # (dropout is drawn per micro-batch)
+    packed = ragged(whole)
+    counts = {int(packed.batch([row])['count']) for row in range(len(packed))}
+    assert min(counts)*3 < max(counts)  # the parts are really unequal
+    one, other = train(whole, packed), train(parts, packed, micro_batch=micro_batch)
+    for a, b in zip(one, other):
+        assert math.isclose(a['loss'], b['loss'], rel_tol=1e-6), (a, b)
+        assert math.isclose(a['grad_norm'], b['grad_norm'], rel_tol=1e-4)
+    assert furthest(whole.model, parts.model) < 1e-5
+
+
+@pytest.mark.parametrize('micro_batch', [1, 4, 16])
+def test_losses_of_micro_batches_add_up_to_those_of_the_batch_at_every_step(micro_batch):
+    "With plain gradient descent nothing blows rounding up, and each step's loss agrees to a millionth."
+    def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
+    whole, parts = model_of(), model_of()
+    packed = ragged(whole)
+    one = train(whole, packed, optimizers=descent, learning_rate=0.1)
+    other = train(parts, packed, optimizers=descent, learning_rate=0.1, micro_batch=micro_batch)
+    assert all(math.isclose(a['loss'], b['loss'], rel_tol=1e-6) for a, b in zip(one, other))
+    assert furthest(whole.model, parts.model) < 1e-6 and one[-1]['loss'] < one[0]['loss']
+
+
+def test_the_gradient_is_that_of_the_definition():
+    "One step of plain descent against autograd over the naive mean of all targets."
+    lm, twin = model_of(), model_of()
+    packed = ragged(lm)
+    batch = packed.batch(list(range(len(packed))))
+    history = fit(lm.model, lambda step: batch, plain_loss, 1, learning_rate=0.1, precision='no', micro_batch=2, clip=1e9,
+                  optimizers=lambda model, learning_rate: [torch.optim.SGD(model.parameters(), lr=learning_rate)])
+    nats = []
+    for row in range(len(packed)):
+        one = packed.batch([row])
+        log_probabilities = logits_of(twin.model, hidden_states(twin.model, one))[0].log_softmax(-1)
+        nats += [-log_probabilities[t - 1, one['input_ids'][0, t]] for t in range(48) if packed.loss_mask[row, t]]
+    loss = torch.stack(nats).mean()
+    loss.backward()
+    assert math.isclose(history[0]['loss'], loss.item(), rel_tol=1e-6)
+    with torch.no_grad():
+        for parameter in twin.model.parameters(): parameter -= 0.1*parameter.grad
+    assert furthest(lm.model, twin.model) < 1e-6
+
+
+@given(st.integers(1, 40), st.none() | st.integers(1, 50), st.integers(1, 4))
+def test_every_row_is_in_one_part_of_one_process(size, rows, ranks):
+    batch = dict(input_ids=torch.arange(size)[:, None], other=torch.arange(size)*10, count=torch.tensor(7.0))
+    if size < ranks:
+        with pytest.raises(InputError, match=f'{size} rows.*{ranks} processes'): micro_batches(batch, rows, 0, ranks)
+        return
+    shares = [micro_batches(batch, rows, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1  # processes exchange gradients, so all have equally many parts
+    parts = [part for share in shares for part in share]
+    assert sorted(row for part in parts for row in part['input_ids'][:, 0].tolist()) == list(range(size))
+    assert all(part['count'] == 7 and (part['other'] == part['input_ids'][:, 0]*10).all() for part in parts)
+    most = max(rows or size, 1 + (ranks > 1))  # one row a part, and a row over: one part holds two
+    assert all(0 < len(part['input_ids']) <= most for part in parts)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = '''
+import json, os, sys
+folder, tests, cases = sys.argv[1:]
+sys.path.insert(0, tests)
+from safetensors.torch import save_file
+import test_training as t
+from scilm_adapt.models import weights_hash
+rank = os.environ['RANK']
+for name, (rows, micro_batch) in json.loads(cases).items():
+    lm = t.model_of()
+    history = t.train(lm, t.ragged(lm), rows=rows, micro_batch=micro_batch)
+    if rank == '0': save_file({n: p.detach().clone() for n, p in lm.model.named_parameters()}, f'{folder}/{name}.safetensors')
+    with open(f'{folder}/{name}.{rank}', 'w') as file: json.dump(dict(history=history, hash=weights_hash(lm.model)), file)
+'''
+
+
+def test_two_processes_train_as_one(tmp_path):
+    from safetensors.torch import load_file
+    cases = dict(even=(16, 3), a_row_too_few=(5, 1))
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    (tmp_path/'script.py').write_text(SCRIPT)
+    launched = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port), tmp_path/'script.py',
+         tmp_path, os.path.dirname(__file__), json.dumps(cases)],
+        env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True, timeout=300)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    for name, (rows, _) in cases.items():
+        first, second = (json.loads((tmp_path/f'{name}.{rank}').read_text()) for rank in (0, 1))
+        assert first['hash'] == second['hash']  # both hold the same weights
+        lm = model_of()
+        history = train(lm, ragged(lm), rows=rows)
+        for alone, a, b in zip(history, first['history'], second['history'], strict=True):
+            assert a['loss'] == b['loss'] and math.isclose(alone['loss'], a['loss'], rel_tol=1e-6)
+            assert math.isclose(alone['grad_norm'], a['grad_norm'], rel_tol=1e-5)
+        weights = load_file(tmp_path/f'{name}.safetensors')
+        apart = max((weights[n] - p).abs().max().item() for n, p in lm.model.named_parameters())
+        assert apart < 1e-5, apart  # AdamW divides by the gradient's size: where it is nearly zero, rounding counts
+
+
+# --- chance -----------------------------------------------------------------------------------------------------------------------
+
+def dropout_model() -> LanguageModel:
+    lm = model_of('gpt2')
+    assert any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in lm.model.modules())
+    return lm
+
+
+def test_global_generators_do_not_matter():
+    hashes = set()
+    for seed in (0, 1234):
+        torch.manual_seed(seed); np.random.seed(seed); torch.rand(seed % 7)
+        lm = dropout_model()
+        train(lm, ragged(lm), steps=3)
+        hashes.add(weights_hash(lm.model))
+    assert len(hashes) == 1
+
+
+def test_another_seed_draws_another_dropout():
+    runs = []
+    for seed in (0, 0, 1):
+        lm = dropout_model()
+        runs.append(train(lm, ragged(lm), steps=2, seed=seed)[0]['loss'])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_dropout_of_a_step_does_not_depend_on_the_steps_before():
+    def drawn(seed, step):
+        set_seed(seed, step)
+        return torch.rand(3).tolist()
+    wanted = drawn(0, 731)
+    drawn(0, 730); torch.rand(100)
+    assert drawn(0, 731) == wanted
+    assert len({tuple(drawn(seed, step)) for seed in range(5) for step in range(20)}) == 100
+    losses = []
+    for drawn_before in (0, 1000):  # also in the loop: a batch function that draws from torch's generator moves no dropout
+        lm = dropout_model()
+        packed = ragged(lm)
+        def batch_at(step, packed=packed, drawn_before=drawn_before):
+            if step == 1: torch.manual_seed(drawn_before)
+            return packed.batch(batch_rows(len(packed), 4, step, seed=0))
+        losses.append([h['loss'] for h in fit(lm.model, batch_at, plain_loss, 3, learning_rate=0.0, precision='no')])
+    assert losses[0][0] == losses[1][0] and losses[0][2] == losses[1][2]
+
+
+def test_the_order_of_rows_does_not_matter():
+    histories = []
+    for order in (1, -1):
+        lm = model_of()
+        packed = ragged(lm)
+        rows = list(range(len(packed)))[::order]
+        histories.append(fit(lm.model, lambda step, p=packed, r=rows: p.batch(r), plain_loss, 3, learning_rate=3e-3, precision='no'))
+    assert all(math.isclose(a['loss'], b['loss'], rel_tol=1e-5) for a, b in zip(*histories))
+
+
+def test_batches_are_asked_for_in_order_and_once():
+    lm, asked = model_of(), []
+    packed = ragged(lm)
+    def batch_at(step):
+        asked.append(step)
+        return packed.batch(batch_rows(len(packed), 2, step, seed=0))
+    history = fit(lm.model, batch_at, plain_loss, 5, learning_rate=1e-3)
+    assert asked == [h['step'] for h in history] == list(range(5))
+    assert {'loss', 'learning_rate', 'grad_norm', 'tokens_per_second'} <= set(history[0]) and not lm.model.training
+    json.dumps(history, allow_nan=False)
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('micro_batch', [None, 1])
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(bad, micro_batch):
+    lm = model_of()
+    packed, seen = ragged(lm), []
+    def batch_at(step):
+        if step == 2: seen.append(weights_hash(lm.model))
+        return packed.batch(batch_rows(len(packed), 4, step, seed=0)) | dict(poison=torch.tensor([0., 0., 0., float(step == 2)]))
+    def loss(model, batch):
+        value = lm_loss(model, batch)
+        return dict(loss=value + value*bad if batch['poison'].any() else value)
+    with pytest.raises(FloatingPointError, match='step 2.*weights of step 1 are kept'):
+        fit(lm.model, batch_at, loss, 5, learning_rate=1e-2, precision='no', micro_batch=micro_batch)
+    assert [weights_hash(lm.model)] == seen and all(torch.isfinite(p).all() for p in lm.model.parameters())
+
+
+def test_a_gradient_that_is_no_number_stops_as_well():
+    lm = model_of()
+    before = weights_hash(lm.model)
+    packed = ragged(lm)
+    def loss(model, batch):  # the value is fine, its slope at zero is not
+        return dict(loss=lm_loss(model, batch) + (next(model.parameters())*0).abs().sum().sqrt())
+    with pytest.raises(FloatingPointError, match='step 0'):
+        fit(lm.model, lambda step: packed.batch([0, 1]), loss, 2, learning_rate=1e-2, precision='no')
+    assert weights_hash(lm.model) == before
+
+
+# --- parts of the loop ------------------------------------------------------------------------------------------------------------
+
+def test_what_a_loss_gives_besides_is_summed_over_micro_batches():
+    lm = model_of()
+    packed = ragged(lm)
+    def loss(model, batch):
+        value = lm_loss(model, batch)
+        return dict(loss=2*value, science=value, rows=torch.tensor(float(len(batch['input_ids']))))
+    history = fit(lm.model, lambda step: packed.batch([0, 1, 2, 3, 4]), loss, 1, learning_rate=1e-3, micro_batch=2, precision='no')
+    assert history[0]['rows'] == 5 and math.isclose(history[0]['loss'], 2*history[0]['science'], rel_tol=1e-6)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 3000), st.floats(0.0, 0.3))
+def test_the_learning_rate_rises_and_falls(steps, warmup):
+    factors = [schedule(step, steps, warmup) for step in range(steps)]
+    top = factors.index(max(factors))
+    assert max(factors) == 1 and min(factors) > 0 and factors[top:] == sorted(factors[top:], reverse=True)
+    assert factors[:top + 1] == sorted(factors[:top + 1]) and top <= max(1, round(warmup*steps))
+    if steps > 500: assert factors[-1] < 0.11
+
+
+def test_the_learning_rate_of_each_step_is_the_schedules():
+    lm = model_of()
+    history = train(lm, ragged(lm), steps=8, learning_rate=0.01)
+    assert [h['learning_rate'] for h in history] == [0.01*schedule(step, 8) for step in range(8)]
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox', 'qwen2'])
+@pytest.mark.parametrize('optimizers', [adamw, muon])
+def test_every_weight_has_one_optimiser_and_learns(family, optimizers):
+    lm = model_of(family)
+    weights = [p for optimizer in optimizers(lm.model, 1e-3) for group in optimizer.param_groups for p in group['params']]
+    assert len(weights) == len({id(p) for p in weights}) == len(list(lm.model.parameters()))
+    before = {name: tensor.clone() for name, tensor in lm.model.named_parameters()}
+    history = train(lm, ragged(lm), steps=12, optimizers=optimizers, learning_rate=1e-2)
+    assert history[-1]['loss'] < history[0]['loss'] - 0.3
+    unmoved = [name for name, tensor in lm.model.named_parameters() if torch.equal(tensor, before[name])]
+    assert not unmoved
+
+
+def test_decay_pulls_on_matrices_only():
+    groups = adamw(model_of('gpt2').model, 1e-3, weight_decay=0.5)[0].param_groups
+    assert [group['weight_decay'] for group in groups] == [0.5, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]['params']) and all(p.ndim < 2 for p in groups[1]['params']) and groups[1]['params']
+
+
+def test_frozen_weights_stay():
+    lm = model_of()
+    lm.model.get_input_embeddings().requires_grad_(False)
+    before = lm.model.get_input_embeddings().weight.clone()
+    train(lm, ragged(lm), steps=2)
+    assert torch.equal(before, lm.model.get_input_embeddings().weight)
+
+
+def test_the_precision_may_change_between_trainings_of_a_process():
+    losses = []
+    for precision in ('no', 'bf16', 'no'):
+        lm = model_of()
+        losses.append(train(lm, ragged(lm), steps=2, precision=precision)[-1]['loss'])
+        assert lm.model.dtype == torch.float32
+    assert losses[0] == losses[2] != losses[1] and math.isclose(losses[0], losses[1], rel_tol=0.02)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------------------
+
+def naive_nats(lm: LanguageModel, ids: list[int], mask: list[int], length: int) -> float:
+    "Windows that begin with the last token of the one before, each read alone: every token but the first is predicted once."
+    total = 0.0
+    with torch.inference_mode():
+        for at in range(0, max(1, len(ids) - 1), length - 1):
+            window = torch.tensor(ids[at:at + length])
+            if len(window) < 2: continue
+            nats = F.cross_entropy(lm.model(window[None]).logits[0, :-1], window[1:], reduction='none')
+            total += sum(value for value, m in zip(nats.tolist(), mask[at + 1:at + length]) if m)
+    return total
+
+
+@pytest.mark.parametrize('context', [8, 17, 64, 10_000])
+@pytest.mark.parametrize('marked', [False, True])
+def test_the_surprise_of_documents_is_that_of_a_naive_loop(context, marked):
+    lm = model_of(context=128)
+    documents = [encode_document(lm.tokenizer, text) for text in TEXTS] + [encode_document(lm.tokenizer, ' '.join(TEXTS))]
+    assert max(map(len, documents)) > 128
+    masks = [[int(n % 3 > 0) for n in range(len(ids))] if marked else [1]*len(ids) for ids in documents]
+    nats = document_nats(lm, documents, masks if marked else None, rows=3, context=context)
+    assert np.allclose(nats, [naive_nats(lm, ids, mask, min(context, 128)) for ids, mask in zip(documents, masks)], rtol=1e-4)
+
+
+def test_documents_with_nothing_to_predict_have_no_surprise():
+    lm = model_of()
+    nats = document_nats(lm, [[5], [5, 6, 7], [5, 6]], [[1], [0, 1, 1], [1, 0]])
+    assert nats[0] == nats[2] == 0 < nats[1]
+
+
+def test_measuring_changes_nothing():
+    lm = model_of()
+    before, state = weights_hash(lm.model), torch.random.get_rng_state()
+    one, other = (document_nats(lm, [encode_document(lm.tokenizer, text) for text in TEXTS], rows=rows) for rows in (1, 16))
+    assert np.allclose(one, other, rtol=1e-5) and weights_hash(lm.model) == before and torch.equal(state, torch.random.get_rng_state())
