@@ -1,0 +1,314 @@
+"""Stage 2 and its teacher: targets against plain forward passes, micro-batches, pre-flight, what a run keeps, and what it refuses."""
+import copy
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from scilm_adapt.distill import (
+    answer_nats,
+    batch_maker,
+    complaint,
+    distil_loss,
+    pack_chats,
+    preflight,
+    preflight_lines,
+    teacher_advantage,
+    train,
+)
+from scilm_adapt.divergence import dense_loss
+from scilm_adapt.instruct import Chats
+from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
+from scilm_adapt.papers import Corpus, document
+from scilm_adapt.runs import InputError, Run
+from scilm_adapt.teacher import LiveTeacher
+from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
+from scilm_adapt.training import lm_loss, micro_batches, target_states
+
+WORDS = 'heat light salt iron wave cold warm slow metal field flow air'.split()
+
+
+def sentence(seed: int, words: int) -> str:
+    chosen = np.random.default_rng(seed).choice(WORDS, words)
+    return ' '.join(chosen).capitalize() + '.'
+
+
+def conversation(number: int) -> dict:
+    answer = sentence(number + 1000, 3 + number % 5)
+    messages = [dict(role='user', content=sentence(number, 4 + number % 3)), dict(role='assistant', content=answer)]
+    return dict(paper_id=str(number), kind='explanation', messages=messages, reference=answer, author='paper')
+
+
+PAPERS = [dict(id=str(n), title=sentence(n + 2000, 3), text=sentence(n + 3000, 12)) for n in range(40)]
+TOKENIZER = train_tokenizer([document(paper) for paper in PAPERS], 400)
+
+
+@pytest.fixture(scope='module')
+def student() -> LanguageModel: return build(TOKENIZER, hidden=32, layers=1, context=128, name='student', seed=1)
+
+
+@pytest.fixture(scope='module')
+def teacher() -> LanguageModel: return build(TOKENIZER, hidden=48, layers=2, context=128, name='teacher', seed=2)
+
+
+@pytest.fixture
+def data(tmp_path) -> dict:
+    chats = [conversation(number) for number in range(30)]
+    folders = [tmp_path/'chats', tmp_path/'corpus']
+    for folder in folders: folder.mkdir()
+    return dict(chats=Chats(chats[:20], chats[20:25], chats[25:], folders[0]),
+                corpus=Corpus(dict(train=PAPERS[:30], valid=PAPERS[30:], test=PAPERS[30:]), dict(valid=[]), folders[1]))
+
+
+SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2)
+
+
+def batch_of(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, rows: int = 4) -> dict:
+    science = pack([encode_document(TOKENIZER, document(paper)) for paper in papers], context)
+    return batch_maker(pack_chats(TOKENIZER, chats, context), science, rows, rows - 1, seed=0)(0)
+
+
+# --- the teacher
+
+@pytest.mark.parametrize('family', families(1, 1, 1, 1, 1))
+def test_targets_equal_a_forward_pass_of_each_conversation_alone(family):
+    lm, chats = build(TOKENIZER, family, context=128), [conversation(number) for number in range(6)]
+    packed = pack_chats(TOKENIZER, chats, 96)
+    rows = list(range(len(packed)))
+    targets, owners = LiveTeacher(lm).targets(packed.batch(rows)), packed.documents[:, 1:][packed.loss_mask[:, 1:]]
+    for number, chat in enumerate(chats):
+        ids, mask = encode_chat(TOKENIZER, chat['messages'])
+        with torch.no_grad(): alone = lm.model(torch.tensor([ids])).logits[0]
+        wanted = alone[[place - 1 for place, learnt in enumerate(mask) if learnt]]
+        torch.testing.assert_close(targets[owners == number], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_teacher_is_in_evaluation_mode_and_never_changed(teacher):
+    lm = replace(teacher, model=copy.deepcopy(teacher.model))
+    lm.model.config.attention_dropout = 0.9
+    batch, before = batch_of([conversation(1)]), weights_hash(lm.model)
+    lm.model.train()
+    first, second = (LiveTeacher(lm).targets(batch) for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad and weights_hash(lm.model) == before
+    assert first.shape == (int(batch['count']), len(TOKENIZER))
+
+
+def test_targets_can_be_used_in_a_backward_pass_and_under_autocast(student, teacher):
+    batch = batch_of([conversation(number) for number in range(8)])
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = distil_loss(LiveTeacher(teacher), retention_weight=1.0)(copy.deepcopy(student.model), batch)['loss']
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_teacher_that_is_no_number_is_named(teacher, value):
+    model = copy.deepcopy(teacher.model)
+    torch.nn.init.constant_(model.get_output_embeddings().weight[:1], value)
+    with pytest.raises(FloatingPointError, match="The teacher 'wreck'"):
+        LiveTeacher(LanguageModel(model, TOKENIZER, 'wreck')).targets(batch_of([conversation(1)]))
+
+
+# --- the loss
+
+def test_loss_is_the_sum_of_its_parts_as_defined(student, teacher):
+    batch = batch_of([conversation(number) for number in range(12)])
+    with torch.no_grad():
+        parts = distil_loss(LiveTeacher(teacher), 'jsd', 2.0, 0.3, 0.2, beta=0.1)(student.model, batch)
+        states, written = target_states(hidden_states(student.model, batch), batch)
+        logits = logits_of(student.model, states)
+        mask = torch.ones(len(logits), dtype=torch.bool)
+        distil = dense_loss(logits, LiveTeacher(teacher).targets(batch), mask, 'jsd', 2.0, beta=0.1)
+        science = {name[8:]: value for name, value in batch.items() if name.startswith('science_')}
+        torch.testing.assert_close(parts['distil'], distil)
+        torch.testing.assert_close(parts['retention'], lm_loss(student.model, science))
+        torch.testing.assert_close(parts['answers'], -logits.log_softmax(-1)[range(len(written)), written].mean())
+        torch.testing.assert_close(parts['loss'], parts['distil'] + 0.3*parts['retention'] + 0.2*parts['answers'])
+
+
+def test_a_part_of_weight_zero_is_not_computed(student, teacher):
+    batch = {name: value for name, value in batch_of([conversation(1)]).items() if not name.startswith('science_')}
+    assert distil_loss(LiveTeacher(teacher))(student.model, batch).keys() == {'loss', 'distil'}
+
+
+@pytest.mark.parametrize('rows', [1, 2, 4, 16])
+def test_micro_batches_give_the_same_loss_and_gradient(student, teacher, rows):
+    "Also where a part has conversations and no papers: there are fewer rows of papers than parts."
+    loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, answer_weight=0.1)
+    batch, gradients, values = batch_of([conversation(number) for number in range(20)], rows=8), [], []
+    batch = {name: value[:2] if name.startswith('science_') and value.ndim else value for name, value in batch.items()}
+    for size in (None, rows):
+        model = copy.deepcopy(student.model)
+        parts = [loss(model, part) for part in micro_batches(batch, size)]
+        sum(part['loss'] for part in parts).backward()
+        values.append({name: sum(part[name].item() for part in parts) for name in parts[0]})
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(student):
+    assert distil_loss(LiveTeacher(student))(student.model, batch_of([conversation(1)]))['loss'].abs() < 1e-6
+
+
+def test_long_conversations_are_left_out_whole(capsys):
+    chats = [conversation(number) for number in range(3)]
+    chats[1]['messages'][0]['content'] = ' '.join(WORDS*9)
+    packed = pack_chats(TOKENIZER, chats, 64)
+    assert '1 of 3 conversations are longer than 64 tokens' in capsys.readouterr().out
+    assert packed.loss_mask.sum() == sum(sum(encode_chat(TOKENIZER, chats[n]['messages'])[1]) for n in (0, 2))
+    with pytest.raises(InputError, match='None of the 1 conversations fits into 64 tokens'): pack_chats(TOKENIZER, chats[1:2], 64)
+    with pytest.raises(InputError, match='no conversations'): pack_chats(TOKENIZER, [], 64)
+
+
+# --- pre-flight
+
+def test_preflight_shows_a_table_and_passes(student, teacher, capsys):
+    lines = preflight(student, teacher, context=128)
+    table = capsys.readouterr().out
+    assert all(line['ok'] and not line['remedy'] and line['check'] in table for line in lines) and table.count(' ok\n') == len(lines) == 6
+    assert '<|im_end|> (2)' in table and '128 tokens' in table
+
+
+def changed(lm: LanguageModel, **changes) -> LanguageModel:
+    lm = replace(lm, tokenizer=copy.deepcopy(lm.tokenizer))
+    for name, value in changes.items(): setattr(lm.tokenizer, name, value)
+    return lm
+
+
+OTHER_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + ': ' + message['content'] + '<|endoftext|>' }}"
+                  "{% endfor %}")
+
+
+@pytest.mark.parametrize(('spoil', 'failing', 'remedy'), [
+    (lambda s: changed(s, chat_template=None), ['an example', 'end of turn'], 'no chat template'),
+    (lambda s: changed(s, chat_template=OTHER_TEMPLATE), ['an example', 'end of turn'], r'models\.adopt_chat'),
+    (lambda s: tiny(['Quite other words in there.'], context=128), ['vocabulary', 'an example'], 'different vocabularies'),
+    (lambda s: build(TOKENIZER, context=32, name='short'), ['context'], 'set context to at most 32')])
+def test_preflight_names_what_does_not_fit(student, teacher, capsys, spoil, failing, remedy):
+    spoilt = spoil(student)
+    with pytest.raises(InputError, match=remedy): preflight(spoilt, teacher, context=64)
+    table = capsys.readouterr().out
+    wrong = {line['check'] for line in preflight_lines(spoilt, teacher, conversation(1)['messages'], 64) if not line['ok']}
+    assert set(failing) <= wrong and all(re.search(f'{check} .*does not fit', table) for check in failing)
+
+
+def test_preflight_counts_memory(student, teacher, monkeypatch):
+    monkeypatch.setattr('scilm_adapt.models.free_memory', lambda device: 1000)
+    with pytest.raises(InputError, match='smaller student or a larger machine'): preflight(student, teacher)
+
+
+def test_padded_output_layers_fit(student):
+    wide = copy.deepcopy(student.model)
+    wide.resize_token_embeddings(len(TOKENIZER) + 64)
+    lines = preflight(student, LanguageModel(wide, TOKENIZER, 'padded'))
+    assert lines[0]['ok'] and lines[0]['student'] != lines[0]['teacher']
+
+
+def test_complaint_is_the_sentence_or_nothing():
+    def refuse(): raise InputError('no')
+    assert complaint(refuse) == 'no' and complaint(len, []) == ''
+
+
+# --- is the teacher worth it?
+
+def test_answer_nats_equal_the_definition(student):
+    chats = [conversation(number) for number in range(5)]
+    for chat in chats: chat['messages'][1]['content'] = 'What the teacher wrote.'       # the reference counts, not this
+    for chat, nats in zip(chats, answer_nats(student, chats, 64)):
+        ids, mask = encode_chat(TOKENIZER, [chat['messages'][0], dict(role='assistant', content=chat['reference'])])
+        with torch.no_grad(): logprobs = student.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert math.isclose(nats, -sum(logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]), rel_tol=1e-3)
+
+
+def test_advantage_is_a_paired_interval(student, teacher, monkeypatch, capsys):
+    chats = [conversation(number) for number in range(40)]
+    sizes = np.array([len(chat['reference']) for chat in chats])
+    draw = np.random.default_rng(0)
+    common, gain = draw.uniform(2, 9, 40)*sizes, draw.normal(0.2, 0.1, 40)*sizes        # conversations differ far more than models do
+    monkeypatch.setattr('scilm_adapt.distill.answer_nats', lambda lm, *_: common + (gain if lm is student else 0))
+    result = teacher_advantage(student, teacher, chats)
+    assert result['better'] and result['chats'] == 40 and 'the teacher is better by' in capsys.readouterr().out
+    assert math.isclose(result['difference'], gain.sum()/sizes.sum()/math.log(2), rel_tol=1e-9)
+    assert math.isclose(result['difference'], result['student'] - result['teacher'], rel_tol=1e-9)
+    assert 0.05 < result['high'] - result['low'] < 0.15 and result['low'] < result['difference'] < result['high']
+    assert teacher_advantage(student, teacher, chats) == result                         # chance by address
+    assert not teacher_advantage(teacher, student, chats)['better'] and 'expect little' in capsys.readouterr().out
+    json.dumps(result)
+    with pytest.raises(InputError, match='no held-out conversations'): teacher_advantage(student, teacher, [])
+
+
+# --- the stage
+
+def test_train_keeps_the_result_and_leaves_both_models_alone(student, teacher, data, tmp_path, capsys):
+    run, base = Run(tmp_path/'run'), changed(student, chat_template=None)
+    before = weights_hash(base.model), weights_hash(teacher.model)
+    distilled = train(run, base, teacher, **data, **SETTINGS, answer_weight=0.1)
+    assert (weights_hash(base.model), weights_hash(teacher.model)) == before and base.tokenizer.chat_template is None
+    folder = run.folder/'models'/'distilled'
+    assert distilled.name == 'distilled' and weights_hash(load(folder, 'cpu').model) == weights_hash(distilled.model) != before[0]
+    assert distilled.tokenizer.chat_template == teacher.tokenizer.chat_template
+    history = json.loads((folder/'history.json').read_text())
+    assert len(history) == 3 and {'loss', 'distil', 'retention', 'answers'} <= history[0].keys()
+    assert json.loads((folder/'advantage.json').read_text())['the papers']['chats'] == 5
+    config = json.loads((folder/'manifest.json').read_text())['config']
+    assert config['student'] == before[0] and config['teacher'] == before[1] and config['retention_weight'] == 0.5
+
+    capsys.readouterr()
+    again = train(run, base, teacher, **data, **SETTINGS, answer_weight=0.1)
+    assert 'kept' in capsys.readouterr().out and weights_hash(again.model) == weights_hash(distilled.model)
+    train(run, base, teacher, **data, **SETTINGS, kind='jsd', beta=0.1, retention_weight=0)
+    assert 'kept' not in capsys.readouterr().out
+    history = json.loads((folder/'history.json').read_text())
+    assert not {'retention', 'answers'} & history[0].keys()
+
+
+def test_training_is_a_function_of_its_arguments(student, teacher, data, tmp_path):
+    def weights(name, **changes): return weights_hash(train(Run(tmp_path/name), student, teacher, **data, **SETTINGS | changes).model)
+    assert weights('a') == weights('b') != weights('c', seed=1)
+    assert weights('d', temperature=2.0) != weights('a') != weights('e', retention_rows=1)
+
+
+def test_training_approaches_the_teacher(student, teacher, data, tmp_path):
+    train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | dict(steps=20), retention_weight=0, micro_batch=2)
+    history = json.loads((tmp_path/'run'/'models'/'distilled'/'history.json').read_text())
+    assert history[-1]['distil'] < 0.9*history[0]['distil']
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(kind='kl'), "'kl' is no known divergence"), (dict(temperature=-1.0), 'temperature'), (dict(kind='jsd', beta=2.0), 'beta is 2.0'),
+    (dict(context=4096), 'set context to at most 128'), (dict(context=8), 'None of the 20 conversations fits')])
+def test_what_cannot_work_is_refused_and_leaves_nothing(student, teacher, data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
+    assert [path for path in (tmp_path/'run').rglob('*') if path.is_file()] == []
+
+
+def test_a_teacher_without_template_and_no_conversations_are_refused(student, teacher, data, tmp_path):
+    with pytest.raises(InputError, match='no aligned model'):
+        train(Run(tmp_path/'run'), student, changed(teacher, chat_template=None), **data, **SETTINGS)
+    with pytest.raises(InputError, match='no conversations'):
+        train(Run(tmp_path/'run'), student, teacher, replace(data['chats'], train=[]), data['corpus'], **SETTINGS)
+    with pytest.raises(InputError, match='nothing to learn'):
+        train(Run(tmp_path/'run'), student, teacher, data['chats'], replace(data['corpus'], science=dict(train=[])), **SETTINGS)
+
+
+def test_a_broken_teacher_does_not_replace_good_weights(student, teacher, data, tmp_path):
+    run = Run(tmp_path/'run')
+    good = weights_hash(train(run, student, teacher, **data, **SETTINGS).model)
+    broken = LanguageModel(copy.deepcopy(teacher.model), TOKENIZER, 'broken')
+    torch.nn.init.constant_(broken.model.get_output_embeddings().weight, math.nan)
+    with pytest.raises(FloatingPointError, match="'broken'"): train(run, student, broken, **data, **SETTINGS)
+    assert weights_hash(load(run.folder/'models'/'distilled', 'cpu').model) == good
+
+
+def test_a_new_stage_1_makes_stage_2_run_again(student, teacher, data, tmp_path, capsys):
+    run = Run(tmp_path/'run')
+    for text, kept in (('one', False), ('one', True), ('two', False)):
+        (run.folder/'models'/'contrast').mkdir(parents=True, exist_ok=True)
+        (run.folder/'models'/'contrast'/'weights').write_text(text)
+        train(run, student, teacher, **data, **SETTINGS)
+        assert ('kept' in capsys.readouterr().out) == kept
