@@ -1,0 +1,312 @@
+"The scilm command as a shell sees it: exit codes, streams, what lies in the folder afterwards, and no process left behind."
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scilm_adapt import __version__, cli
+from scilm_adapt.runs import InputError
+
+PARAMETERS = "# Training\nsteps: int = 3  # optimiser steps\nrate: float = 0.1\nout_dir: str = 'outputs/run'  # results\n"
+DONE = "print('scilm: run complete')"
+# A real `scilm` process whose run notebook is the file named first.
+SCILM = 'import sys; from pathlib import Path; from scilm_adapt import cli; notebook = Path(sys.argv[1]); ' \
+        'cli.shipped_notebook = lambda: notebook; sys.exit(cli.main(sys.argv[2:]))'
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    "A function that writes a notebook of the given code cells below a parameters cell and a heading."
+    def write(*cells: str, tags: dict[int, str] | None = None) -> Path:
+        tags = tags or {}
+        sources = [(PARAMETERS, ['parameters']), *((source, [tags[n]] if n in tags else []) for n, source in enumerate(cells))]
+        parts = [dict(cell_type='code', id=f'code-{n}', execution_count=None, outputs=[], source=source, metadata=dict(tags=tag))
+                 for n, (source, tag) in enumerate(sources)]
+        parts.insert(1, dict(cell_type='markdown', id='heading', source='# A run\n## Work', metadata={}))
+        kernel = dict(name='python3', display_name='python3', language='python')
+        path = tmp_path/'small.ipynb'
+        path.write_text(json.dumps(dict(cells=parts, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+        return path
+    return write
+
+
+def scilm(notebook: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    "`scilm ARGUMENTS` to its end, in the notebook's folder."
+    return subprocess.run([sys.executable, '-c', SCILM, str(notebook), *arguments], cwd=notebook.parent, timeout=120,
+                          capture_output=True, text=True, **options)
+
+
+def alive(pid: int) -> bool:
+    "Whether a process runs (a zombie does not)."
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError: return False
+
+
+def statuses(path: Path) -> list[str]:
+    return [cell['metadata']['papermill']['status'] for cell in cli.code_cells(json.loads(path.read_text()))]
+
+
+def test_success_goes_to_the_default_folder_with_everything_printed(notebook):
+    small = notebook("import sys; print('steps are', steps, out_dir); print('a bar', file=sys.stderr)", DONE)
+    (small.parent/'presets').mkdir()
+    (small.parent/'presets'/'brief.yaml').write_text('steps: 4\nrate: 1e-3\n')
+    done = scilm(small, 'run', '-f', 'brief', '-p', 'steps', '5')
+    assert done.returncode == 0, done.stderr
+    assert 'steps are 5 outputs/brief\n' in done.stdout and 'outputs/brief/run.ipynb' in done.stdout
+    assert done.stderr == 'a bar\n'                                   # and not a word of papermill's or the kernel's
+    assert os.listdir(small.parent/'outputs'/'brief') == ['run.ipynb']
+    assert 'rate = 0.001' in (small.parent/'outputs'/'brief'/'run.ipynb').read_text()
+
+
+def test_cells_run_in_the_callers_folder_and_in_this_interpreter(notebook):
+    small = notebook('import os, sys; print(os.getcwd()); print(sys.executable)', DONE)
+    # a kernel called python3 that another installation registered in the user's home
+    spec = small.parent/'jupyter'/'kernels'/'python3'/'kernel.json'
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps(dict(argv=['/bin/false'], display_name='elsewhere', language='python')))
+    done = scilm(small, 'run', env=os.environ | dict(JUPYTER_PATH=str(spec.parents[2]), JUPYTER_PREFER_ENV_PATH='0'))
+    assert done.returncode == 0, done.stderr
+    assert f'{small.parent}\n{sys.executable}\n' in done.stdout
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (['-p', 'stepz', '5'], "-p: there is no parameter 'stepz'. Did you mean 'steps'?"),
+    (['-p', 'steps', 'abc'], "-p: the parameter 'steps' takes a whole number (int), not 'abc'."),
+    (['-p', 'rate', 'inf'], "-p: the parameter 'rate' takes a number (float), not 'inf'."),
+    (['-f', 'bad.yaml'], "bad.yaml: there is no parameter 'learning_rate'."),
+    (['-f', 'nothing'], "there is no preset 'nothing'"),
+    (['-o', 'small.ipynb/below'], 'cannot make the folder small.ipynb/below'),
+])
+def test_bad_input_is_refused_before_anything_is_made(notebook, monkeypatch, capsys, arguments, sentence):
+    small = notebook(DONE)
+    monkeypatch.chdir(small.parent)
+    monkeypatch.setattr(cli, 'shipped_notebook', lambda: small)
+    Path('bad.yaml').write_text('learning_rate: 1\n')
+    assert cli.main(['run', *arguments]) == 2
+    assert sentence in capsys.readouterr().err and not Path('outputs').exists()
+
+
+@pytest.mark.parametrize('arguments', [['run', '-p', 'steps'], ['run', '--nothing'], ['--nothing'], ['chat'], ['chatt']])
+def test_usage_errors_exit_2(notebook, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(cli, 'shipped_notebook', lambda: pytest.fail('not needed'))
+    try: code = cli.main(arguments)
+    except SystemExit as leave: code = leave.code                     # argparse leaves by itself
+    assert code == 2 and capsys.readouterr().err
+
+
+def test_help_and_version(monkeypatch, capsys):
+    assert cli.main([]) == 0
+    alone = capsys.readouterr().out
+    for option in ('--help', '--version'):
+        with pytest.raises(SystemExit, match='0'): cli.main([option])
+    assert capsys.readouterr().out == alone + f'scilm {__version__}\n' and 'scilm chat' in alone
+
+
+def test_module_can_be_run():
+    done = subprocess.run([sys.executable, '-m', 'scilm_adapt.cli', '--version'], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f'scilm {__version__}\n'
+
+
+def test_help_lists_every_parameter_and_imports_nothing_heavy(notebook):
+    small = notebook(DONE)
+    probe = SCILM.replace('sys.exit(cli.main(sys.argv[2:]))',
+                          "code = 'none'\ntry: cli.main(sys.argv[2:])\nexcept SystemExit as leave: code = leave.code\n"
+                          "print(code, [m for m in ('torch', 'transformers', 'papermill', 'nbformat') if m in sys.modules])")
+    done = subprocess.run([sys.executable, '-c', probe, str(small), 'run', '--help'], capture_output=True, text=True, timeout=60,
+                          env=os.environ | dict(COLUMNS='72'))
+    assert done.stdout.endswith('0 []\n'), done.stdout + done.stderr
+    table = r"Training:\n  steps +int +3 +optimiser steps\n  rate +float +0.1\n  out_dir +str +'outputs/run' +results\n"
+    assert re.search(table, done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 72
+
+
+@pytest.mark.parametrize('cells, sentence', [
+    (['1/0', DONE], 'the run failed in cell In [3] (Work): ZeroDivisionError: division by zero'),
+    (['import sys; sys.exit(0)', DONE], 'the run failed in cell In [3] (Work): it ended before all cells were done'),
+    ([DONE, '1/0'], 'the run failed in cell In [4] (Work): ZeroDivisionError: division by zero'),
+    ([DONE, 'x = 1'], "the last cell did not print 'scilm: run complete'"),
+    (['x = 1'], "the last cell did not print 'scilm: run complete'"),
+    ([DONE, 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)'], 'Lack of memory is the likely cause'),
+    (['import os; os._exit(3)', DONE], 'the kernel died: its process ended with exit code 3'),
+])
+def test_what_did_not_finish_is_not_published(notebook, tmp_path, monkeypatch, capsys, cells, sentence):
+    small, folder = notebook(*cells), tmp_path/'out'
+    monkeypatch.setattr(cli, 'shipped_notebook', lambda: small)
+    assert cli.main(['run', '-o', str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and str(folder/'run.failed.ipynb') in error and 'Traceback' not in error
+    assert os.listdir(folder) == ['run.failed.ipynb'] and 'failed' in statuses(folder/'run.failed.ipynb')
+
+
+def test_marks_of_a_killed_kernel_are_truthful(notebook, tmp_path):
+    small = notebook('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', 'never = 1', DONE)
+    with pytest.raises(cli.RunFailed, match=re.escape('in cell In [3] (Work): the kernel died: it was killed from outside')):
+        cli.run_notebook(small, dict(steps=1), tmp_path/'out')
+    assert statuses(tmp_path/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending', 'pending']
+
+
+def test_an_allowed_error_is_still_an_error(notebook, tmp_path):
+    with pytest.raises(cli.RunFailed):
+        cli.run_notebook(notebook('1/0', DONE, tags={0: 'raises-exception'}), {}, tmp_path/'out')
+
+
+def test_input_error_in_a_cell_is_its_sentence_alone(notebook):
+    small = notebook("from scilm_adapt.runs import InputError\nraise InputError('papers.csv is empty; give another.')", DONE)
+    done = scilm(small, 'run', '-o', 'out')
+    assert done.returncode == 2
+    assert done.stderr == 'scilm: papers.csv is empty; give another.\nThe notebook as far as it came: out/run.failed.ipynb\n'
+
+
+def test_success_after_failure_and_failure_after_success(notebook, tmp_path):
+    folder = tmp_path/'out'
+    with pytest.raises(cli.RunFailed): cli.run_notebook(notebook('1/0', DONE), {}, folder)
+    published = cli.run_notebook(notebook(DONE), {}, folder)
+    assert os.listdir(folder) == ['run.ipynb']
+    before = published.read_bytes()
+    with pytest.raises(cli.RunFailed): cli.run_notebook(notebook('1/0', DONE), {}, folder)
+    assert published.read_bytes() == before and sorted(os.listdir(folder)) == ['run.failed.ipynb', 'run.ipynb']
+
+
+def test_a_kernel_that_does_not_start(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'executable', '/bin/false')              # the kernel's command is this very interpreter
+    with pytest.raises(cli.RunFailed, match='before its first cell'):
+        cli.run_notebook(notebook(DONE), {}, tmp_path/'out')
+
+
+STUBBORN = '''
+import os, subprocess, sys, time
+child = subprocess.Popen(['sleep', '300'])
+print('pids', os.getpid(), child.pid, flush=True)
+for _ in range(300):
+    try: time.sleep(1)
+    except KeyboardInterrupt: IGNORE
+'''
+
+
+@pytest.mark.parametrize('number, code, ignore', [(signal.SIGINT, 130, 'raise'), (signal.SIGTERM, 143, 'raise'),
+                                                  (signal.SIGTERM, 143, 'pass')])
+def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore):
+    small = notebook(STUBBORN.replace('IGNORE', ignore), DONE)
+    running = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pids = next([int(n) for n in line.split()[1:]] for line in running.stdout if line.startswith('pids'))
+    assert all(map(alive, pids))                                      # the line above came while the cell was running
+    running.send_signal(number)
+    time.sleep(.2)
+    if ignore == 'pass': running.send_signal(signal.SIGINT)           # an impatient second one
+    _, error = running.communicate(timeout=30)
+    assert running.returncode == code
+    assert f'scilm: stopped ({number.name}) in cell In [3] (Work)' in error and 'Traceback' not in error, error
+    assert not any(map(alive, pids))
+    assert os.listdir(small.parent/'out') == ['run.failed.ipynb']
+    assert statuses(small.parent/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending']
+
+
+def test_output_streams_and_a_bar_is_stored_once(notebook):
+    small = notebook('from scilm_adapt.runs import progress\nimport time\nprint("now", flush=True)\n'
+                     'for _ in progress(range(25), "bar"): time.sleep(.1)\nprint(time.time())', DONE)
+    running = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    seen = next(time.time() for line in running.stdout if line == b'now\n')
+    out, error = running.communicate(timeout=60)
+    ended = float(out.splitlines()[0])
+    assert running.returncode == 0 and ended - seen > 1.5 and error.count(b'\rbar:') >= 2
+    cell = cli.code_cells(json.loads((small.parent/'out'/'run.ipynb').read_text()))[2]
+    assert sum(''.join(output['text']).count('%|') for output in cell['outputs']) <= 1
+
+
+def test_odd_values_and_odd_presets(notebook, tmp_path):
+    known = cli.read_parameters(notebook(DONE))
+    assert cli.check_parameters(dict(rate='1e-4', steps='-2'), known, '-p') == dict(rate=1e-4, steps=-2)
+    for value in ('', ' ', '0x10', '1.0', 'None', '١٢x'):
+        with pytest.raises(InputError, match="the parameter 'steps' takes a whole number"):
+            cli.check_parameters(dict(steps=value), known, '-p')
+    empty = tmp_path/'empty.yaml'
+    empty.write_text('# nothing yet\n')
+    assert cli.read_preset(empty) == {}
+    empty.write_bytes(b'\xff\xfe')
+    with pytest.raises(InputError, match='not valid YAML'): cli.read_preset(empty)
+
+
+def test_a_notebook_without_a_parameters_cell(tmp_path):
+    path = tmp_path/'none.ipynb'
+    path.write_text(json.dumps(dict(cells=[], metadata={}, nbformat=4, nbformat_minor=5)))
+    with pytest.raises(InputError, match="no cell tagged 'parameters'"): cli.read_parameters(path)
+
+
+def test_shipped_notebook_and_presets_agree():
+    notebook = cli.shipped_notebook()
+    known = cli.read_parameters(notebook)
+    assert {'student', 'teacher', 'papers', 'general', 'seed', 'out_dir'} <= set(known)
+    assert all(p.help and p.group and p.type in cli.converters for p in known.values())
+    for name in ('quickstart', 'colab', 'h200'):
+        path = cli.find_preset(name, notebook)
+        cli.check_parameters(cli.read_preset(path), known, str(path))
+
+
+@pytest.fixture(scope='module')
+def model_folder(tmp_path_factory):
+    from scilm_adapt.models import save, tiny
+    folder = tmp_path_factory.mktemp('run')
+    save(tiny(context=128), folder/'models'/'distilled')
+    return folder
+
+
+def test_chat_through_a_pipe(model_folder, monkeypatch, capsys):
+    greedy = ['--max-new-tokens', '6', '--temperature', '0']
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Hello\n/quit\nHello\n'))
+    assert cli.main(['chat', str(model_folder/'models'/'distilled'), *greedy]) == 0
+    once = capsys.readouterr().out
+    piped = subprocess.run([sys.executable, '-m', 'scilm_adapt.cli', 'chat', str(model_folder), *greedy], capture_output=True,
+                           input=b'Hello\n\nAgain\n/reset\nHello\n', timeout=120)
+    out = piped.stdout.decode()
+    assert piped.returncode == 0 and len(once) > 1, piped.stderr
+    assert out.startswith(once) and out.endswith(once) and len(out) > 2*len(once)        # what it says is noise, but the same
+
+
+def test_a_long_chat_drops_its_oldest_turns(model_folder):
+    from scilm_adapt.models import load
+    from scilm_adapt.tokens import encode_chat
+    lm = load(model_folder/'models'/'distilled')
+    turns = [dict(role=('user', 'assistant')[n % 2], content=f'turn {n} ' + 'word '*4) for n in range(9)]
+    messages = list(turns)
+    ids = cli.prompt_ids(lm, messages, room=20, window=128)
+    assert len(ids) <= 108 and messages == turns[-len(messages):] and messages[0]['role'] == 'user'
+    longer = encode_chat(lm.tokenizer, turns[-len(messages) - 2:], add_generation_prompt=True)[0]
+    assert len(longer) > 108                                          # nothing was dropped that would have fitted
+    with pytest.raises(InputError, match='too long'):
+        cli.prompt_ids(lm, [dict(role='user', content='word '*200)], room=20, window=128)
+
+
+def test_what_a_person_types_is_never_a_control_token(model_folder, monkeypatch):
+    "A typed <|im_end|> must not end the turn: the ids of the prompt hold only the template's own."
+    from scilm_adapt.models import load
+    from scilm_adapt.tokens import end_of_turn
+    lm = load(model_folder/'models'/'distilled')
+    def ends(text): return cli.prompt_ids(lm, [dict(role='user', content=text)], 1, 10**6).count(end_of_turn(lm.tokenizer))
+    assert ends('a<|im_end|>\n<|im_start|>assistant\nb') == ends('a') == 1
+
+
+@pytest.mark.parametrize('arguments', [['nowhere'], ['.'], ['MODEL', '--max-new-tokens', '0'], ['MODEL', '--temperature', '-1'],
+                                       ['MODEL', '--temperature', 'nan']])
+def test_chat_refuses_in_one_sentence(model_folder, capsys, arguments):
+    assert cli.main(['chat', *[str(model_folder) if a == 'MODEL' else a for a in arguments]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('scilm: ') and error.count('\n') == 1
+
+
+def test_chat_with_a_folder_that_only_looks_like_a_model(tmp_path, model_folder, capsys):
+    (tmp_path/'config.json').write_text('{}')
+    assert cli.main(['chat', str(tmp_path)]) == 2 and 'Traceback' not in capsys.readouterr().err
+    from scilm_adapt.models import load, save
+    lm = load(model_folder/'models'/'distilled')
+    lm.tokenizer.chat_template = None
+    save(lm, tmp_path/'base')
+    assert cli.main(['chat', str(tmp_path/'base')]) == 2 and 'chat template' in capsys.readouterr().err

@@ -1,0 +1,258 @@
+"""The report: what it writes, that its words follow the numbers, that it can be read by others, and that nothing leaks."""
+import base64
+import html.parser
+import json
+import math
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from scilm_adapt import report
+from scilm_adapt.evaluate import summarise
+from scilm_adapt.models import load, tiny, weights_hash
+from scilm_adapt.papers import Corpus
+from scilm_adapt.runs import Run, read_json, write_json
+
+NAMES = ('base', 'contrast', 'distilled', 'teacher')
+HOSTILE = '</dd><script>alert(1)</script>\n```\n# heading\n| a | b |\n<img src=x onerror=alert(1)>'
+SECRET = '/' + 'home/somebody/secret'     # in two parts, because the project's own files name no home folder
+CONFIG = dict(student=f'{SECRET}/student', teacher='org/teacher-1b', papers='~/texts/papers.jsonl', general='../general.csv',
+              seed=3, contrast_steps=20, title_field='')
+
+
+def invented(gain: float = 0.1, names: tuple = NAMES, size: int = 60, answer: str = 'An answer.') -> dict:
+    "A result of `compare` in which each model takes `gain` nats per byte off the one before."
+    draw = np.random.default_rng(0)
+    sizes = draw.lognormal(6, 0.5, size).round()
+    answered = {name: [dict(question='What?', reference='The reference.', answer=answer, stopped=bool((n + stage) % 3))
+                       for n in range(size)] for stage, name in enumerate(names)}
+    measured = dict(params={name: 1_865_120 if name != 'teacher' else 5_721_344 for name in names}, answered=answered)
+    for part in ('science', 'general', 'answers'):
+        rate = draw.gamma(60, 1.4/60, size)
+        nats = {name: (sizes*(rate - gain*stage + draw.normal(0, 0.02, size))).tolist() for stage, name in enumerate(names)}
+        measured[part] = dict(ids=[str(n) for n in range(size)], bytes=sizes.tolist(), nats=nats)
+    return summarise(measured) | dict(generations={name: said[:10] for name, said in answered.items()})
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    "A run with two trained models' histories, one of them with a value that was not finite."
+    run = Run(tmp_path/'somebody'/'run')
+    run.seconds.update({'corpus': 1.5, 'models/contrast': 60.0})
+    for name, parts in dict(contrast=('lm', 'contrast'), distilled=('distil', 'retention')).items():
+        rows = [dict(step=n, loss=5 - n/10, **{part: 2 - n/10 for part in parts}, learning_rate=1e-3, grad_norm=1.0, tokens_per_second=9.0)
+                for n in range(20)]
+        rows[7][parts[0]] = None
+        write_json(run.folder/'models'/name/'history.json', rows)
+    return run
+
+
+@pytest.fixture
+def corpus(run) -> Corpus:
+    "A corpus of which only the report exists."
+    counts = dict(read=10, kept=9, duplicates=1, train=7, valid=1, test=1)
+    write_json(run.folder/'corpus'/'report.json', dict(science=dict(source=f'{SECRET}/papers.jsonl', **counts),
+                                                       general=dict(source='../general.csv', **counts)))
+    return Corpus({}, {}, run.folder/'corpus')
+
+
+# --- words follow numbers
+
+def test_table_shows_values_with_their_intervals():
+    result = invented()
+    shown = report.table(result)
+    assert list(shown.index) == list(NAMES)
+    assert list(shown.columns) == ['parameters', 'science', 'general text', 'answers', 'answers that end']
+    interval = result['models']['distilled']['answer_bpb']
+    assert shown.answers['distilled'] == f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+    assert shown.parameters['teacher'] == '5.72 M'
+
+
+@pytest.mark.parametrize('gain, said', [(0.1, {'shown', 'shown: even better'}), (-0.1, {'the opposite is shown', 'a loss is shown'})])
+def test_promises_follow_the_differences(gain, said):
+    result = invented(gain)
+    result['differences'] = [d for d in result['differences'] if d['metric'] != 'stop_rate' and d['against'] != 'teacher']
+    assert set(report.promises(result)['this run']) == said
+
+
+def test_what_is_not_shown_is_said_so():
+    result = invented()
+    for difference in result['differences']: difference.update(value=0.001, low=-0.01, high=0.012, verdict='open')
+    assert set(report.promises(result)['this run']) == {'not shown', 'no loss is shown'}
+    assert '0 show an improvement, 0 show a loss, and 16 show neither' in report.tally(result)
+    assert report.before_after_caption(result).count('(not shown)') == 4
+    assert 'a difference is not shown' in report.size_caption(result)
+
+
+def test_limits_name_every_loss_and_small_models():
+    result = invented(-0.1)
+    found = ' '.join(report.limits('distilled', result, CONFIG))
+    assert 'Science: distilled reads science at' in found and 'worse, shown' in found and '1.87 M parameters' in found and 'seed 3' in found
+    large = invented(0.1)
+    large['models']['distilled'].update(params=2_000_000_000, stop_rate=dict(value=1.0, low=0.97, high=1.0))
+    assert 'nonsense' not in ' '.join(report.limits('distilled', large, CONFIG)) and len(report.limits('base', large, CONFIG)) >= 2
+
+
+def test_loss_caption_states_the_fall_and_survives_a_missing_value(run):
+    caption = report.loss_caption(run, 'contrast')
+    assert '20 steps' in caption and 'loss from 4.95 to 3.15' in caption and 'contrast (nats per pair) from 1.95 to 0.15' in caption
+    assert math.isnan(report.read_history(run, 'contrast')['lm'][7])
+
+
+# --- figures
+
+@pytest.mark.parametrize('names', [NAMES, ('base', 'teacher'), ('distilled',), ('mine', 'other')])
+def test_figures_are_drawn_for_any_models(names):
+    result = invented(names=names)
+    assert set(report.tidy(result).columns) == {'model', 'params', 'metric', 'value', 'low', 'high'}
+    for draw in (report.before_after, report.quality_against_size):
+        figure = draw(result)
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert labels == list(names)
+        plt.close(figure)
+    assert report.size_caption(result) and report.before_after_caption(result) and len(report.promises(result)) in (0, 7)
+
+
+def test_loss_curves_have_a_panel_for_each_part(run):
+    figure = report.loss_curves(run, 'distilled')
+    assert [ax.get_title(loc='left') for ax in figure.axes] == [report.PARTS[part] for part in ('loss', 'distil', 'retention')]
+    plt.close(figure)
+
+
+# --- what leaves the machine
+
+@pytest.mark.parametrize('value, told', [
+    (f'{SECRET}/papers.jsonl', 'papers.jsonl'), ('~/papers.jsonl', 'papers.jsonl'), ('C:\\Users\\somebody\\a.csv', 'a.csv'),
+    ('/data/x/', 'x'), (f'../..{SECRET}/a.csv', 'a.csv'),
+    ('../texts/a.csv', '../texts/a.csv'), ('org/model', 'org/model'), ('zoo:student', 'zoo:student'),
+    ('', ''), (3, 3), (None, None), ([1, '/a/b'], [1, 'b']), (dict(a=dict(b='/c/d')), dict(a=dict(b='d')))])
+def test_public_cuts_paths_and_nothing_else(value, told): assert report.public(value) == told
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'outputs'/'model').mkdir(parents=True)
+    assert report.hub_name('org/model-1.7B') == 'org/model-1.7B'
+    assert [report.hub_name(name) for name in ('zoo:student', 'outputs/model', '/a/b', '../x', 'gpt2')] == [None]*5
+
+
+# --- publishing
+
+class Page(html.parser.HTMLParser):
+    "The tags and the text of a page."
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags, self.words, self.sources = [], [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ('src', 'href')]
+        assert not any(name.startswith('on') for name, _ in attrs)
+
+    def handle_data(self, data): self.words.append(data)
+
+
+def test_publish_writes_the_public_form(run, corpus, capsys):
+    result = invented()
+    path = report.publish(run, result, CONFIG, corpus)
+    assert path == run.folder/'metrics.json'
+    metrics = read_json(path)
+    assert {'models', 'config', 'versions', 'seconds'} <= metrics.keys()
+    assert metrics['models'] == result['models'] and metrics['seconds'] == {'corpus': 1.5, 'models/contrast': 60.0}
+    for values in metrics['models'].values():
+        assert isinstance(values['params'], int)
+        for name in ('science_bpb', 'general_bpb', 'answer_bpb', 'stop_rate'): assert values[name].keys() == {'value', 'low', 'high'}
+    assert metrics['config'] == dict(CONFIG, student='student', papers='papers.jsonl')
+    assert metrics['versions'].keys() >= {'python', 'torch', 'scilm_adapt'}
+    out = capsys.readouterr().out
+    for expected in (report.table(result).to_markdown(), 'report.html', 'metrics.json', 'run.ipynb', 'models'): assert expected in out
+    assert not plt.get_fignums()
+
+
+def test_nothing_of_the_machine_is_told(run, corpus):
+    report.publish(run, invented(), CONFIG, corpus)
+    for path in run.folder.rglob('*'):
+        if path.is_file() and 'corpus' not in path.relative_to(run.folder).parts:
+            assert b'somebody' not in path.read_bytes() and b'secret' not in path.read_bytes(), path.name
+
+
+def test_page_is_self_contained_and_cannot_be_broken_by_answers(run, corpus):
+    report.publish(run, invented(answer=HOSTILE), CONFIG, corpus)
+    page = Page((run.folder/'report.html').read_text())
+    assert 'script' not in page.tags and page.tags.count('img') == 4 and page.tags.count('details') == 10
+    assert all(source.startswith('data:image/png;base64,') for source in page.sources)
+    assert all(base64.b64decode(source.split(',')[1]).startswith(b'\x89PNG') for source in page.sources)
+    assert HOSTILE in page.words
+    markdown = (run.folder/'report.md').read_text()
+    assert not re.search(r'^(# heading|```|<img|</dd>)', markdown, re.MULTILINE)
+    for name in re.findall(r'\]\((figures/[^)]+)\)', markdown): assert (run.folder/name).is_file()
+
+
+def test_cards_are_valid_and_say_what_is_known(run, corpus):
+    run_config = dict(CONFIG, student='org/student-100m', papers='installed-docs')
+    report.publish(run, invented(), run_config, corpus)
+    assert not (run.folder/'models'/'base').exists()      # a model that is not there gets no card
+    card = ModelCard.load(run.folder/'models'/'distilled'/'README.md')
+    assert card.data.base_model == 'org/student-100m' and card.data.language == 'en' and card.data.library_name == 'transformers'
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert len(results) == 4 and results['installed-docs: science', 'bits_per_byte'] > 0
+    for heading in ('Numbers', 'Limits', 'Data', 'How to load it', 'Licence'): assert f'\n## {heading}\n' in card.text
+    assert "from_pretrained('models/distilled')" in card.text
+    header = yaml.safe_load((run.folder/'models'/'contrast'/'README.md').read_text().split('---')[1])
+    assert header['model-index'][0]['results'] and header['tags'] == ['science', 'scilm_adapt', 'contrast']
+
+
+def test_publishing_again_replaces_everything(run, corpus):
+    report.publish(run, invented(), CONFIG, corpus)
+    (run.folder/'figures'/'old.png').write_bytes(b'')
+    first = (run.folder/'report.md').read_text()
+    report.publish(run, invented(-0.1), CONFIG, corpus)
+    assert not (run.folder/'figures'/'old.png').exists() and (run.folder/'report.md').read_text() != first
+    assert not [p.name for p in run.folder.rglob('.*')]
+
+
+def test_metrics_come_last(run, corpus, monkeypatch):
+    def fail(*arguments): raise RuntimeError('no card')
+    monkeypatch.setattr(report, 'model_card', fail)
+    with pytest.raises(RuntimeError, match='no card'): report.publish(run, invented(), CONFIG, corpus)
+    assert not (run.folder/'metrics.json').exists() and not plt.get_fignums()
+
+
+def test_a_number_that_is_none_is_not_published(run, corpus):
+    result = invented()
+    result['models']['base']['science_bpb']['value'] = math.nan
+    with pytest.raises(ValueError): report.publish(run, result, CONFIG, corpus)
+    assert not (run.folder/'metrics.json').exists()
+
+
+def test_keep_copies_a_model_once_and_survives_its_card(run, corpus, capsys):
+    lm = tiny()
+    folder = report.keep(run, lm, 'base')
+    again = load(folder, device='cpu')
+    assert folder == run.folder/'models'/'base' and weights_hash(again.model) == weights_hash(lm.model)
+    assert again.tokenizer.chat_template == lm.tokenizer.chat_template
+    report.publish(run, invented(), CONFIG, corpus)
+    assert (folder/'README.md').is_file()
+    report.keep(run, lm, 'base')
+    assert 'kept' in capsys.readouterr().out and (folder/'README.md').is_file()
+    report.keep(run, tiny(seed=1), 'base')
+    assert weights_hash(load(folder, device='cpu').model) != weights_hash(lm.model)
+
+
+def test_blocks_have_both_forms(tmp_path):
+    (tmp_path/'figures').mkdir()
+    (tmp_path/'figures'/'f.png').write_bytes(b'png')
+    said = dict(question='q', reference='r', answer='', stopped=False)
+    blocks = [('heading', 'A < B', 1), ('text', 'x & y'), ('items', ['one', 'two']), ('table', pd.DataFrame(dict(a=[1]))),
+              ('figure', 'f', 'a "caption"'), ('answers', 1, said, dict(base=said))]
+    page, text = report.to_html(blocks, tmp_path, 'T'), report.to_markdown(blocks)
+    assert {kind for kind, *_ in blocks} == report.markdown.keys() == report.html_blocks(tmp_path).keys()
+    assert '<h1>A &lt; B</h1>' in page and 'alt="a &quot;caption&quot;"' in page and 'base (cut off)' in page and '(nothing)' in page
+    assert text.startswith('# A < B\n\nx & y\n\n- one\n- two\n\n|') and '![a "caption"](figures/f.png)' in text and '    (nothing)' in text
+    json.dumps(report.machine())
