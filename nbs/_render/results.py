@@ -1,0 +1,48 @@
+"""Put a run's numbers where the README and the site show them: `results.py outputs/quickstart quickstart`.
+
+Copies metrics.json and the before-and-after figure to nbs/results/NAME.*, and writes the README's block of results anew. Without
+arguments only the README is written, from the numbers that are there.
+"""
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from scilm_adapt import report
+from scilm_adapt.runs import read_json, write_json, write_text
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT/'nbs'/'results'
+BLOCK = re.compile(r'(<!-- results: [^>]*-->\n).*(<!-- /results -->)', re.DOTALL)
+
+
+def adopt(run_folder: str, name: str) -> None:
+    "Copy what is shown of a run to nbs/results."
+    RESULTS.mkdir(exist_ok=True)
+    metrics = read_json(Path(run_folder)/'metrics.json')
+    config = {key: Path(value).name if key in ('papers', 'general') else value for key, value in metrics['config'].items()}
+    write_json(RESULTS/f'{name}.json', metrics | dict(config=config))
+    shutil.copy(Path(run_folder)/'figures'/'before-after.png', RESULTS/f'{name}.png')
+
+
+def readme_block() -> str:
+    "The results as the README shows them: the table and the figure of the quickstart, and what was promised."
+    metrics = read_json(RESULTS/'quickstart.json')
+    minutes = sum(metrics['seconds'].values())/60
+    where = metrics['machine']
+    return '\n\n'.join([
+        f"What `make run` gives (seed {metrics['config']['seed']}, {minutes:.1f} minutes of work on {where['cores']} processor cores, "
+        f"torch {metrics['versions']['torch']}):",
+        report.table(metrics).to_markdown(), report.TABLE_NOTE,
+        '![Before and after, for each kind of text, with intervals](nbs/results/quickstart.png)',
+        report.promises(metrics).to_markdown(index=False)])
+
+
+def readme(text: str) -> str:
+    "The README's text with the block of results as it should be."
+    return BLOCK.sub(lambda match: f'{match[1]}\n{readme_block()}\n\n{match[2]}', text)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) > 1: adopt(*sys.argv[1:])
+    write_text(ROOT/'README.md', readme((ROOT/'README.md').read_text(encoding='utf-8')))

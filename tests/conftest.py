@@ -1,0 +1,19 @@
+"""What every test needs: no network, no display, reproducible examples, and where the checkout is."""
+import os
+from pathlib import Path
+
+# Before anything imports torch, transformers or matplotlib; the subprocesses that tests start inherit them.
+os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples on every machine, and no deadline: CI shares its cores with others.
+settings.register_profile('house', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('house')
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    "The checkout: the folder that holds settings.ini."
+    return Path(__file__).resolve().parents[1]
