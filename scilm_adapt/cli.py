@@ -200,7 +200,9 @@ def kernel() -> Iterator[object]:
     from jupyter_core.utils import run_sync
     manager = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     quiet = ['--IPKernelApp.log_level=ERROR', '--HistoryManager.hist_file=:memory:']
-    run_sync(manager.start_kernel)(extra_arguments=quiet, env=os.environ | dict(COLUMNS=str(shutil.get_terminal_size().columns)))
+    seen = dict(COLUMNS=str(shutil.get_terminal_size().columns))     # bars as wide as this terminal, and no word on widgets it lacks
+    seen['PYTHONWARNINGS'] = ','.join(filter(None, [os.environ.get('PYTHONWARNINGS'), 'ignore:IProgress not found']))
+    run_sync(manager.start_kernel)(extra_arguments=quiet, env=os.environ | seen)
     group, client = manager.provisioner.pgid, manager.client()
     manager.client = lambda: client                                  # papermill asks for one and would leave its sockets open
     well = False
@@ -371,31 +373,25 @@ def find_model(folder: str) -> Path:
                      'Give a model folder, or the folder of a finished run such as outputs/run.')
 
 
-def prompt_ids(lm, messages: list[dict], room: int, window: int) -> list[int]:
+def prompt_ids(lm: object, messages: list[dict], room: int, window: int) -> list[int]:
     "Token ids of the longest end of the conversation that leaves `room` tokens of the window; drops older `messages`."
-    from scilm_adapt.tokens import encode_chat
+    from scilm_adapt.generate import chat_prompt
     while True:
-        ids, _ = encode_chat(lm.tokenizer, messages, add_generation_prompt=True)
+        ids = chat_prompt(lm, messages)
         if len(ids) + room <= window: return ids
         if len(messages) == 1: raise InputError(f'that is too long: {len(ids)} tokens, of {window - room} this model can read.')
         del messages[:2]                                             # a question and its answer
 
 
-def answer(lm, messages: list[dict], max_new_tokens: int, temperature: float) -> str:
+def answer(lm: object, messages: list[dict], max_new_tokens: int, temperature: float) -> str:
     "The model's answer to `messages`, printed as it comes; temperature 0 takes the likeliest token each time."
-    import torch
-    from transformers import TextStreamer
-    from scilm_adapt.tokens import end_of_turn
-    window = getattr(lm.model.config, 'max_position_embeddings', None) or sys.maxsize
-    room = min(max_new_tokens, window//2)
-    prompt = torch.tensor([prompt_ids(lm, messages, room, window)], device=lm.model.device)
-    ends = list({end_of_turn(lm.tokenizer), lm.tokenizer.eos_token_id} - {None})
-    sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-    with torch.inference_mode():
-        ids = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, eos_token_id=ends,
-                                pad_token_id=ends[0], **sampling,
-                                streamer=TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True))
-    return lm.tokenizer.decode(ids[0, prompt.shape[1]:], skip_special_tokens=True).strip()
+    from scilm_adapt.generate import stream
+    room, pieces = min(max_new_tokens, lm.context//2), []
+    for piece in stream(lm, prompt_ids(lm, messages, room, lm.context), room, temperature, seed=len(messages)):
+        print(piece, end='', flush=True)
+        pieces.append(piece)
+    print()
+    return ''.join(pieces).strip()
 
 
 def turns() -> Iterator[str]:

@@ -261,7 +261,7 @@ def test_train_keeps_the_result_and_leaves_both_models_alone(student, teacher, d
     capsys.readouterr()
     again = train(run, base, teacher, **data, **SETTINGS, answer_weight=0.1)
     assert 'kept' in capsys.readouterr().out and weights_hash(again.model) == weights_hash(distilled.model)
-    train(run, base, teacher, **data, **SETTINGS, kind='jsd', beta=0.1, retention_weight=0)
+    train(run, base, teacher, **data, **SETTINGS, kind='jsd', beta=0.1, retention_weight=0, answer_weight=0)
     assert 'kept' not in capsys.readouterr().out
     history = json.loads((folder/'history.json').read_text())
     assert not {'retention', 'answers'} & history[0].keys()
@@ -274,7 +274,8 @@ def test_training_is_a_function_of_its_arguments(student, teacher, data, tmp_pat
 
 
 def test_training_approaches_the_teacher(student, teacher, data, tmp_path):
-    train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | dict(steps=20), retention_weight=0, micro_batch=2)
+    train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | dict(steps=20), retention_weight=0, answer_weight=0,
+          micro_batch=2)
     history = json.loads((tmp_path/'run'/'models'/'distilled'/'history.json').read_text())
     assert history[-1]['distil'] < 0.9*history[0]['distil']
 
