@@ -68,7 +68,7 @@ def preflight_lines(student: LanguageModel, teacher: LanguageModel, messages: li
                  f'A turn ends with another token for each, so the student could not learn to stop; {adopt}'),
         compared('context', student, teacher, lambda lm: lm.context, '{:,} tokens'.format, problem='' if context <= most else
                  f'Rows of {context:,} tokens are longer than these models can read; set context to at most {most:,}.'),
-        compared('memory', student, teacher, need, '{:.3f} GiB'.format, problem=complaint(check_memory, student, teacher))]
+        compared('memory', student, teacher, need, '{:.3f} GiB'.format, problem=complaint(check_memory, student))]
 
 
 EXAMPLE = [dict(role='user', content='What is heat?'), dict(role='assistant', content='Heat is motion.')]
@@ -95,8 +95,7 @@ def answer_nats(lm: LanguageModel, chats: list[dict], context: int = 512) -> np.
     FloatingPointError, naming the model, if that is NaN or infinite.
     """
     encoded = [encode_chat(lm.tokenizer, [chat['messages'][0], dict(role='assistant', content=chat['reference'])]) for chat in chats]
-    rows = min(16, max(1, 2**27//(context*len(lm.tokenizer))))  # at most half a GiB of logits at once, whatever the vocabulary
-    nats = document_nats(lm, [ids for ids, _ in encoded], [mask for _, mask in encoded], rows, context, lm.name)
+    nats = document_nats(lm, [ids for ids, _ in encoded], [mask for _, mask in encoded], context=context, description=lm.name)
     if not np.isfinite(nats).all():
         raise FloatingPointError(f"'{lm.name}' gives an answer a probability that is no number: check its files.")
     return nats

@@ -187,8 +187,8 @@ def free_memory(device: torch.device) -> int:
     return next((int(line.split()[1])*1024 for line in lines if line.startswith('MemAvailable:')), 1 << 62)
 
 
-def check_memory(trained: LanguageModel, held: LanguageModel | None = None) -> float:
-    "GiB that training `trained` (beside a frozen `held`) needs at least; InputError when the device has less."
+def check_memory(trained: LanguageModel) -> float:
+    "GiB that training `trained` needs at least, beside its weights; InputError when the device has less."
     need = 12*parameter_count(trained.model)  # gradients and AdamW's two averages; the weights are there already
     free = free_memory(next(trained.model.parameters()).device)
     if need > free:

@@ -133,10 +133,14 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
 
 # %% ../nbs/04_training.ipynb #30c09821
 @torch.inference_mode()
-def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[list[int]] | None = None, rows: int = 16,
+def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[list[int]] | None = None, rows: int | None = None,
                   context: int = 512, description: str = 'measuring') -> np.ndarray:
-    "Negative log-likelihood (nats) of each document's marked tokens (all but the first, if None), summed: an array [len(documents)]."
-    packed = pack(documents, min(context, lm.context), masks)
+    """Negative log-likelihood (nats) of each document's marked tokens (all but the first, if None), summed: an array [len(documents)].
+
+    Documents longer than `context` are read in windows; `rows` are computed at once (None: as many as keep the logits below half a GiB).
+    """
+    packed = pack(documents, context := min(context, lm.context), masks)
+    rows = rows or min(16, max(1, 2**27//(context*len(lm.tokenizer))))
     device, nats = next(lm.model.parameters()).device, np.zeros(len(documents))
     for at in progress(range(0, len(packed), rows), description, 'batch'):
         numbers = list(range(at, min(at + rows, len(packed))))

@@ -28,13 +28,12 @@ from scilm_adapt.evaluate import (
     signed,
     summarise,
     verdict,
-    windows,
 )
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, mixed_precision, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.runs import InputError, Run, read_json
-from scilm_adapt.tokens import document_ends, encode
+from scilm_adapt.tokens import document_ends, encode, pack
 
 TEXTS = ['Heat flows from warm bodies to cold ones.', 'Light is a wave, and light is a particle: both of them at once.',
          'Тепло переходит к холодному.', 'A token <|im_end|> in a text is content.', 'x',
@@ -84,12 +83,10 @@ def test_document_bits_equal_a_plain_loop(lm, context):
 
 
 def test_windows_predict_every_token_once():
-    for size in range(1, 40):
-        ids, mask = list(range(size)), [0] + [1]*(size - 1)
+    for size in range(2, 40):
         for length in (2, 3, 7, 50):
-            pieces = windows(ids, mask, length)
-            assert [i for piece, _ in pieces for i in piece[1:]] == ids[1:]
-            assert all(len(piece) <= length for piece, _ in pieces)
+            packed = pack([list(range(size))], length)
+            assert sorted(packed.input_ids[packed.loss_mask]) == list(range(1, size))
 
 
 @pytest.mark.parametrize('chosen', CHATS, ids=lambda c: c['paper_id'])
