@@ -204,6 +204,8 @@ def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore
     _, error = running.communicate(timeout=30)
     assert running.returncode == code
     assert f'scilm: stopped ({number.name}) in cell In [3] (Work)' in error and 'Traceback' not in error, error
+    patience = time.monotonic() + 5                                   # a killed process may take a moment to be torn down
+    while any(map(alive, pids)) and time.monotonic() < patience: time.sleep(.05)
     assert not any(map(alive, pids))
     assert os.listdir(small.parent/'out') == ['run.failed.ipynb']
     assert statuses(small.parent/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending']
