@@ -1,0 +1,91 @@
+"""The whole pipeline, from files to a report, on tiny local folders of the families that the presets load from the Hub."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scilm_adapt import contrast, distill, evaluate, instruct, models, report
+from scilm_adapt.papers import prepare
+from scilm_adapt.runs import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+SUBJECTS = ['heat', 'light', 'sound', 'water', 'iron', 'salt', 'wind', 'glass', 'sand', 'steam']
+VERBS = ['moves', 'rests', 'grows', 'bends', 'breaks', 'shines', 'cools', 'warms', 'sinks', 'rises']
+
+
+def write_texts(path: Path, about: str) -> Path:
+    "A hundred small records about two things each, as JSON Lines."
+    with open(path, 'w', encoding='utf-8') as file:
+        for one in SUBJECTS:
+            for n, verb in enumerate(VERBS):
+                other = SUBJECTS[n]
+                text = (f'In {about} we ask when {one} {verb} near {other}. We find that {one} {verb} slowly where {other} is cold. '
+                        f'Where {other} is warm, {one} hardly {verb} at all. This holds for {one} and {other} alike.')
+                file.write(json.dumps(dict(title=f'How {one} {verb} near {other}', abstract=text)) + '\n')
+    return path
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp('texts')
+    return {name: write_texts(folder/f'{name}.jsonl', name) for name in ('papers', 'tales')}
+
+
+def save_pair(folder: Path, family: str, texts: dict[str, Path]) -> tuple[Path, Path]:
+    "Folders of a student and a wider teacher of one family with one tokenizer; the student's tokenizer has no chat template."
+    words = [json.loads(line)['abstract'] for path in texts.values() for line in path.read_text().splitlines()]
+    pair = []
+    for name, hidden in (('student', 32), ('teacher', 48)):
+        lm = models.tiny(words, family, hidden=hidden, context=256)
+        if name == 'student': lm.tokenizer.chat_template = None
+        pair.append(models.save(lm, folder/name))
+    return tuple(pair)
+
+
+@pytest.mark.parametrize('family', models.families(1, 1, 1, 1, 1))
+def test_every_family_goes_all_the_way(family, texts, tmp_path):
+    run = Run(tmp_path/'run')
+    student, teacher = map(models.load, save_pair(tmp_path, family, texts))
+    corpus = prepare(run, str(texts['papers']), str(texts['tales']))
+    models.adopt_chat(student, teacher)
+    for lm, name in ((student, 'base'), (teacher, 'teacher')): report.keep(run, lm, name)
+    scientist = contrast.train(run, student, corpus, steps=3, batch_size=4, context=128, learning_rate=1e-2)
+    chats = instruct.prepare(run, corpus, teacher, conversations=40, teacher_answers=4, held_out=8, context=128)
+    helper = distill.train(run, scientist, teacher, chats, corpus, steps=2, batch_size=4, context=128, learning_rate=1e-2)
+    result = evaluate.compare(run, dict(base=student, contrast=scientist, distilled=helper, teacher=teacher), corpus, chats,
+                              documents=8, answers=4, max_new_tokens=8, context=128)
+    metrics = json.loads(report.publish(run, result, dict(student='tiny', teacher='tiny', seed=0), corpus).read_text())
+    assert set(metrics['models']) == {'base', 'contrast', 'distilled', 'teacher'}
+    for name, numbers in metrics['models'].items():
+        assert numbers['params'] > 0
+        for metric in ('science_bpb', 'general_bpb', 'answer_bpb', 'stop_rate'):
+            assert numbers[metric]['low'] <= numbers[metric]['value'] <= numbers[metric]['high']
+        again = AutoModelForCausalLM.from_pretrained(run.folder/'models'/name)
+        assert again.config.model_type == family and list((run.folder/'models'/name).glob('*.safetensors'))
+        assert AutoTokenizer.from_pretrained(run.folder/'models'/name).chat_template
+    trained = metrics['models']['contrast']['science_bpb']['value'], metrics['models']['base']['science_bpb']['value']
+    assert trained[0] < trained[1]  # three steps from random weights are enough to see it learn
+
+
+def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
+    student, teacher = save_pair(tmp_path, 'qwen2', texts)
+    preset = dict(student=str(student), teacher=str(teacher), papers=str(texts['papers']), general=str(texts['tales']), context=128,
+                  batch_size=4, micro_batch=2, divergence='jsd', contrast_steps=2, distil_steps=2, conversations=40, teacher_answers=4,
+                  documents=8, questions=4)
+    (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
+    command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-p', 'seed', '7', '-o', 'mine']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '| distilled |' in done.stdout and str(Path('mine')/'report.html') in done.stdout
+    metrics = json.loads((tmp_path/'mine'/'metrics.json').read_text())
+    assert metrics['config']['seed'] == 7 and metrics['config']['context'] == 128
+    assert {'corpus', 'chats', 'models/contrast', 'models/distilled', 'evaluation'} <= metrics['seconds'].keys()
+    assert str(tmp_path) not in (tmp_path/'mine'/'report.md').read_text()
+
+    broken = subprocess.run([*command, '-p', 'text_field', 'summary'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert broken.returncode == 2 and "no field 'summary'" in broken.stderr and 'Traceback' not in broken.stderr
+    assert json.loads((tmp_path/'mine'/'metrics.json').read_text()) == metrics  # what was there is still there
