@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scilm_adapt import __version__, cli
+from scilm_adapt import __version__, cli, running
 from scilm_adapt.runs import InputError
 
 PARAMETERS = "# Training\nsteps: int = 3  # optimiser steps\nrate: float = 0.1\nout_dir: str = 'outputs/run'  # results\n"
@@ -50,7 +50,7 @@ def alive(pid: int) -> bool:
 
 
 def statuses(path: Path) -> list[str]:
-    return [cell['metadata']['papermill']['status'] for cell in cli.code_cells(json.loads(path.read_text()))]
+    return [cell['metadata']['papermill']['status'] for cell in running.code_cells(json.loads(path.read_text()))]
 
 
 def test_success_goes_to_the_default_folder_with_everything_printed(notebook):
@@ -147,14 +147,14 @@ def test_what_did_not_finish_is_not_published(notebook, tmp_path, monkeypatch, c
 
 def test_marks_of_a_killed_kernel_are_truthful(notebook, tmp_path):
     small = notebook('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', 'never = 1', DONE)
-    with pytest.raises(cli.RunFailed, match=re.escape('in cell In [3] (Work): the kernel died: it was killed from outside')):
-        cli.run_notebook(small, dict(steps=1), tmp_path/'out')
+    with pytest.raises(running.RunFailed, match=re.escape('in cell In [3] (Work): the kernel died: it was killed from outside')):
+        running.run_notebook(small, dict(steps=1), tmp_path/'out')
     assert statuses(tmp_path/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending', 'pending']
 
 
 def test_an_allowed_error_is_still_an_error(notebook, tmp_path):
-    with pytest.raises(cli.RunFailed):
-        cli.run_notebook(notebook('1/0', DONE, tags={0: 'raises-exception'}), {}, tmp_path/'out')
+    with pytest.raises(running.RunFailed):
+        running.run_notebook(notebook('1/0', DONE, tags={0: 'raises-exception'}), {}, tmp_path/'out')
 
 
 def test_input_error_in_a_cell_is_its_sentence_alone(notebook):
@@ -166,18 +166,18 @@ def test_input_error_in_a_cell_is_its_sentence_alone(notebook):
 
 def test_success_after_failure_and_failure_after_success(notebook, tmp_path):
     folder = tmp_path/'out'
-    with pytest.raises(cli.RunFailed): cli.run_notebook(notebook('1/0', DONE), {}, folder)
-    published = cli.run_notebook(notebook(DONE), {}, folder)
+    with pytest.raises(running.RunFailed): running.run_notebook(notebook('1/0', DONE), {}, folder)
+    published = running.run_notebook(notebook(DONE), {}, folder)
     assert os.listdir(folder) == ['run.ipynb']
     before = published.read_bytes()
-    with pytest.raises(cli.RunFailed): cli.run_notebook(notebook('1/0', DONE), {}, folder)
+    with pytest.raises(running.RunFailed): running.run_notebook(notebook('1/0', DONE), {}, folder)
     assert published.read_bytes() == before and sorted(os.listdir(folder)) == ['run.failed.ipynb', 'run.ipynb']
 
 
 def test_a_kernel_that_does_not_start(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'executable', '/bin/false')              # the kernel's command is this very interpreter
-    with pytest.raises(cli.RunFailed, match='before its first cell'):
-        cli.run_notebook(notebook(DONE), {}, tmp_path/'out')
+    with pytest.raises(running.RunFailed, match='before its first cell'):
+        running.run_notebook(notebook(DONE), {}, tmp_path/'out')
 
 
 STUBBORN = '''
@@ -214,43 +214,43 @@ def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore
 def test_output_streams_and_a_bar_is_stored_once(notebook):
     small = notebook('from scilm_adapt.runs import progress\nimport time\nprint("now", flush=True)\n'
                      'for _ in progress(range(25), "bar"): time.sleep(.1)\nprint(time.time())', DONE)
-    running = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent,
+    process = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    seen = next(time.time() for line in running.stdout if line == b'now\n')
-    out, error = running.communicate(timeout=60)
+    seen = next(time.time() for line in process.stdout if line == b'now\n')
+    out, error = process.communicate(timeout=60)
     ended = float(out.splitlines()[0])
-    assert running.returncode == 0 and ended - seen > 1.5 and error.count(b'\rbar:') >= 2
-    cell = cli.code_cells(json.loads((small.parent/'out'/'run.ipynb').read_text()))[2]
+    assert process.returncode == 0 and ended - seen > 1.5 and error.count(b'\rbar:') >= 2
+    cell = running.code_cells(json.loads((small.parent/'out'/'run.ipynb').read_text()))[2]
     assert sum(''.join(output['text']).count('%|') for output in cell['outputs']) <= 1
 
 
 def test_odd_values_and_odd_presets(notebook, tmp_path):
-    known = cli.read_parameters(notebook(DONE))
-    assert cli.check_parameters(dict(rate='1e-4', steps='-2'), known, '-p') == dict(rate=1e-4, steps=-2)
+    known = running.read_parameters(notebook(DONE))
+    assert running.check_parameters(dict(rate='1e-4', steps='-2'), known, '-p') == dict(rate=1e-4, steps=-2)
     for value in ('', ' ', '0x10', '1.0', 'None', '١٢x'):
         with pytest.raises(InputError, match="the parameter 'steps' takes a whole number"):
-            cli.check_parameters(dict(steps=value), known, '-p')
+            running.check_parameters(dict(steps=value), known, '-p')
     empty = tmp_path/'empty.yaml'
     empty.write_text('# nothing yet\n')
-    assert cli.read_preset(empty) == {}
+    assert running.read_preset(empty) == {}
     empty.write_bytes(b'\xff\xfe')
-    with pytest.raises(InputError, match='not valid YAML'): cli.read_preset(empty)
+    with pytest.raises(InputError, match='not valid YAML'): running.read_preset(empty)
 
 
 def test_a_notebook_without_a_parameters_cell(tmp_path):
     path = tmp_path/'none.ipynb'
     path.write_text(json.dumps(dict(cells=[], metadata={}, nbformat=4, nbformat_minor=5)))
-    with pytest.raises(InputError, match="no cell tagged 'parameters'"): cli.read_parameters(path)
+    with pytest.raises(InputError, match="no cell tagged 'parameters'"): running.read_parameters(path)
 
 
 def test_shipped_notebook_and_presets_agree():
     notebook = cli.shipped_notebook()
-    known = cli.read_parameters(notebook)
+    known = running.read_parameters(notebook)
     assert {'student', 'teacher', 'papers', 'general', 'seed', 'out_dir'} <= set(known)
-    assert all(p.help and p.group and p.type in cli.converters for p in known.values())
+    assert all(p.help and p.group and p.type in running.converters for p in known.values())
     for name in ('quickstart', 'colab', 'h200'):
-        path = cli.find_preset(name, notebook)
-        cli.check_parameters(cli.read_preset(path), known, str(path))
+        path = running.find_preset(name, notebook)
+        running.check_parameters(running.read_preset(path), known, str(path))
 
 
 @pytest.fixture(scope='module')
