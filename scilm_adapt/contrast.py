@@ -10,7 +10,7 @@ __all__ = ['views', 'pool', 'info_nce', 'retrieval', 'view_ids', 'embed', 'pair_
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from .models import LanguageModel, check_memory, hidden_states, load, save, weights_hash
 from .papers import Corpus, document, fingerprint
-from .runs import InputError, Run, content_hash, progress, say, stage, write_json
-from .tokens import Packed, batch_rows, encode_document, pack, pad
-from .training import fit, lm_loss
+from .runs import InputError, Run, content_hash, say, stage
+from .tokens import USEFUL, Packed, batch_rows, encode_document, pack, pad, store_tokens
+from .training import fit, keep_history, lm_loss
 
 # %% ../nbs/09_contrast.ipynb #d824628d
 def views(record: dict) -> tuple[str, str]:
@@ -110,18 +110,18 @@ def weighted_sum(parts: dict[str, tuple[float, Callable]]) -> Callable:
     return loss
 
 
-def batch_maker(tokenizer, packed: Packed, records: list[dict], batch_size: int, contrast_batch: int, pair_length: int,
-                seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
-    "`batch_at(step)`: `batch_size` packed rows and, if there are `records` with titles, `contrast_batch` pairs of them."
+def batch_maker(tokenizer, packed: Packed, records: Sequence[dict], titled: Sequence[int], batch_size: int, contrast_batch: int,
+                pair_length: int, seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    "`batch_at(step)`: `batch_size` packed rows and, if any `records` are `titled` (their numbers), `contrast_batch` pairs of those."
     def batch_at(step: int) -> dict[str, torch.Tensor]:
         batch = packed.batch(batch_rows(len(packed), batch_size, step, seed))
-        if not records: return batch
-        chosen = [records[i] for i in batch_rows(len(records), contrast_batch, step, seed)]
+        if not titled: return batch
+        chosen = [records[titled[i]] for i in batch_rows(len(titled), contrast_batch, step, seed)]
         return batch | pair_batch(tokenizer, chosen, pair_length)
     return batch_at
 
 # %% ../nbs/09_contrast.ipynb #15201215
-def check_stage(student: LanguageModel, titled: list[dict], batch_size: int, context: int, contrast_weight: float,
+def check_stage(student: LanguageModel, titled: Sequence[int], batch_size: int, context: int, contrast_weight: float,
                 contrast_batch: int, micro_batch: int | None) -> None:
     "InputError when stage 1 could not do what it is asked to: names the parameter to change."
     if context > student.context:
@@ -151,19 +151,19 @@ def train(run: Run, student: LanguageModel, corpus: Corpus, *, steps: int, batch
     parts 'lm' (nats per token) and 'contrast' (nats per pair). `student` is not changed. InputError for what cannot work.
     """
     records = corpus.science['train']
-    titled = [record for record in records if all(map(str.strip, views(record)))] if contrast_weight else []
+    titled = [number for number, record in enumerate(records) if all(map(str.strip, views(record)))] if contrast_weight else []
     check_stage(student, titled, batch_size, context, contrast_weight, contrast_batch, micro_batch)
     say(f'contrast: {steps} steps on papers' + (', titles and texts told apart' if contrast_weight else ''))
     tokenizer, length = student.tokenizer, min(pair_length, context)
     def make(folder: Path) -> None:
-        documents = [encode_document(tokenizer, document(record)) for record in progress(records, 'tokenising', 'paper')]
-        packed = pack(documents, context)
+        tokens = store_tokens(run, 'tokens', map(document, records), tokenizer, [corpus.folder])
+        packed = pack(tokens, context, share=USEFUL)
         model = copy.deepcopy(student.model).float()  # small steps are lost in 16-bit weights
         loss = weighted_sum(dict(lm=(1.0, lm_loss), contrast=(contrast_weight, partial(pair_loss, temperature=temperature))))
-        history = fit(model, batch_maker(tokenizer, packed, titled, batch_size, contrast_batch, length, seed), loss, steps,
+        history = fit(model, batch_maker(tokenizer, packed, records, titled, batch_size, contrast_batch, length, seed), loss, steps,
                       learning_rate=learning_rate, seed=seed, micro_batch=micro_batch, description='contrast')
         save(replace(student, model=model), folder)
-        write_json(folder/'history.json', [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history])
+        keep_history(folder, history)
     config = dict(steps=steps, batch_size=batch_size, context=context, learning_rate=learning_rate, contrast_weight=contrast_weight,
                   contrast_batch=contrast_batch, temperature=temperature, pair_length=pair_length, seed=seed, micro_batch=micro_batch,
                   student=weights_hash(student.model), tokenizer=content_hash([tokenizer.get_vocab(), tokenizer.chat_template]))

@@ -24,8 +24,8 @@ from .models import (LanguageModel, adopt_chat, check_memory, hidden_states, loa
 from .papers import Corpus, document
 from .runs import InputError, Run, content_hash, rng, say, stage, write_json
 from .teacher import LiveTeacher, Teacher
-from .tokens import Packed, batch_rows, control_tokens, encode_chat, encode_document, end_of_turn, pack
-from .training import document_nats, fit, lm_loss, target_states
+from .tokens import USEFUL, Packed, batch_rows, control_tokens, encode_chat, encode_document, end_of_turn, pack, store_tokens
+from .training import document_nats, fit, keep_history, lm_loss, target_states
 
 # %% ../nbs/16_distill.ipynb #4bb1f3a2
 def compared(check: str, student: LanguageModel, teacher: LanguageModel, of: Callable, show: Callable = str, unequal: str = '',
@@ -194,13 +194,14 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats
         write_json(folder/'advantage.json', {about: teacher_advantage(pupil, teacher, questions, context, about=about)
                                              for about, questions in asked.items() if questions})
         if retention_weight:
-            science = pack([encode_document(pupil.tokenizer, document(record)) for record in corpus.science['train']], context)
+            texts = map(document, corpus.science['train'])  # stage 1 made these tokens already, unless it was left out
+            science = pack(store_tokens(run, 'tokens', texts, pupil.tokenizer, [corpus.folder]), context, share=USEFUL)
         loss = distil_loss(LiveTeacher(teacher), kind, temperature, retention_weight, answer_weight, **options)
         model = copy.deepcopy(student.model).float()  # small steps are lost in 16-bit weights
         history = fit(model, batch_maker(conversations, science, batch_size, retention_rows or batch_size, seed), loss, steps,
                       learning_rate=learning_rate, seed=seed, micro_batch=micro_batch, description='distil')
         save(replace(pupil, model=model), folder)
-        write_json(folder/'history.json', [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history])
+        keep_history(folder, history)
     config = dict(steps=steps, batch_size=batch_size, context=context, learning_rate=learning_rate, kind=kind,
                   temperature=temperature, retention_weight=retention_weight, retention_rows=retention_rows or batch_size,
                   answer_weight=answer_weight, seed=seed, micro_batch=micro_batch, student=weights_hash(student.model),

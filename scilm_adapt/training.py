@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['target_states', 'lm_loss', 'micro_batches', 'schedule', 'LossModule', 'adamw', 'muon', 'set_seed', 'fit',
-           'document_nats']
+           'keep_history', 'document_nats']
 
 # %% ../nbs/08_training.ipynb #46b4eb13
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision
-from .runs import InputError, content_hash, progress
+from .runs import InputError, content_hash, progress, write_json
 from .tokens import pack
 
 # %% ../nbs/08_training.ipynb #402ea04d
@@ -131,6 +132,11 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
     model.eval()
     return history
 
+
+def keep_history(folder: Path, history: list[dict]) -> None:
+    "Write a training's history to history.json in `folder`; what is not finite, which JSON cannot say, becomes null."
+    write_json(folder/'history.json', [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history])
+
 # %% ../nbs/08_training.ipynb #30c09821
 @torch.inference_mode()
 def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[list[int]] | None = None, rows: int | None = None,
@@ -148,6 +154,7 @@ def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[lis
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' and mixed_precision(device) == 'bf16'):
             states, targets = target_states(hidden_states(lm.model, batch), batch)
             losses = F.cross_entropy(logits_of(lm.model, states).float(), targets, reduction='none').double().cpu().numpy()
-        owners = packed.documents[numbers][:, 1:][packed.loss_mask[numbers][:, 1:]]
+        rows_of = packed.arrays(numbers)
+        owners = rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]]
         nats += np.bincount(owners, weights=losses, minlength=len(documents))
     return nats

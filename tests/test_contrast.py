@@ -137,7 +137,7 @@ def test_pairs_with_the_same_title_or_text_are_one_group(student):
 @pytest.mark.parametrize('rows', [1, 2, 3])
 def test_parts_of_a_batch_add_up_to_a_mean_over_all_pairs(student, rows):
     packed = pack([encode_document(student.tokenizer, document(paper)) for paper in PAPERS], 32)
-    batch = batch_maker(student.tokenizer, packed, PAPERS, 4, 8, 32, seed=0)(0)
+    batch = batch_maker(student.tokenizer, packed, PAPERS, range(len(PAPERS)), 4, 8, 32, seed=0)(0)
     parts = micro_batches(batch, rows)
     assert sum(len(part['pair_group']) for part in parts) == 8 and all(part['pairs'] == 8 for part in parts)
     with torch.no_grad():
@@ -152,12 +152,12 @@ def test_parts_of_a_batch_add_up_to_a_mean_over_all_pairs(student, rows):
 
 def test_a_batch_is_a_function_of_seed_and_step(student):
     packed = pack([encode_document(student.tokenizer, document(paper)) for paper in PAPERS], 32)
-    make = lambda seed: batch_maker(student.tokenizer, packed, PAPERS, 2, 5, 32, seed)
+    make = lambda seed: batch_maker(student.tokenizer, packed, PAPERS, range(len(PAPERS)), 2, 5, 32, seed)
     same = lambda x, y: x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
     first = make(1)
     for step in (4, 0, 2): first(step)
     assert same(first(3), make(1)(3)) and not same(first(3), first(4)) and not same(first(3), make(2)(3))
-    assert not [name for name in batch_maker(student.tokenizer, packed, [], 2, 5, 32, 1)(0) if 'pair' in name or 'title' in name]
+    assert not [name for name in batch_maker(student.tokenizer, packed, [], [], 2, 5, 32, 1)(0) if 'pair' in name or 'title' in name]
 
 
 def test_weighted_sum_reports_parts_and_skips_weight_zero():
@@ -207,7 +207,7 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
     train(Run(tmp_path/'run'), student, untitled, contrast_weight=0.0, **SETTINGS)
     row = read_json(tmp_path/'run'/'models'/'contrast'/'history.json')[0]
     packed = pack([encode_document(student.tokenizer, document(paper)) for paper in PAPERS], SETTINGS['context'])
-    with torch.no_grad(): first = lm_loss(student.model, batch_maker(student.tokenizer, packed, [], 2, 0, 0, 0)(0))
+    with torch.no_grad(): first = lm_loss(student.model, batch_maker(student.tokenizer, packed, [], [], 2, 0, 0, 0)(0))
     assert 'contrast' not in row and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
 
 

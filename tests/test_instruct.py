@@ -1,42 +1,62 @@
-"""Mined conversations say what their papers say, and the teacher's answers are taken only when they are answers."""
+"""A teacher's conversations are taken only when they are good, counts add up, no paper is in two splits, and a killed run goes on."""
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from datasets import load_from_disk
 
+from scilm_adapt import instruct
+from scilm_adapt.duplicates import Evaluation
+from scilm_adapt.endpoint import Endpoint, finished
+from scilm_adapt.generate import Answer
 from scilm_adapt.instruct import (
+    COLUMNS,
+    OPEN,
+    SPLITS,
+    TAUGHT,
+    VERDICTS,
+    Sieve,
+    answers_of,
     ask_teacher,
-    key_terms,
-    kinds,
-    mine,
+    build,
+    candidate,
+    endpoint_tokenizer,
+    filters,
+    kinds_of,
     mine_all,
-    phrasings,
+    passage_of,
+    preamble,
     prepare,
-    sentences,
-    whole_sentences,
+    question_in,
+    refused,
+    user_ids,
+    user_prompt,
+    write_magpie,
+    write_reading,
 )
-from scilm_adapt.models import LanguageModel, tiny
+from scilm_adapt.mining import kinds, mine
+from scilm_adapt.models import LanguageModel, save, tiny
 from scilm_adapt.papers import Corpus, split
 from scilm_adapt.runs import InputError, Run, read_json, write_text
-from scilm_adapt.tokens import control_tokens, encode, encode_chat, pack
+from scilm_adapt.tokens import TURN_END, control_tokens, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss
 
 torch.set_num_threads(1)
-each_kind = pytest.mark.parametrize('kind', kinds)
 
 ENGLISH = dict(id='heat-1', title='On the flow of heat', text=(
-    'Heat flows from warm bodies to cold bodies. The flow is slow in air, e.g. in a room. It is fast in copper, '
+    'Heat flows from warm bodies to cold bodies, as 1,200 trials show. The flow is slow in air, e.g. in a room. It is fast in copper, '
     'where heat meets free electrons!\nWhy does copper carry heat? Its electrons are free, and electrons carry heat.'))
 RUSSIAN = dict(id='тепло-2', title='О движении теплоты', text=(
-    'Теплота переходит от тёплых тел к холодным. Ёмкость тела велика, если теплота греет тела медленно. '
+    'Теплота переходит от тёплых тел к холодным, как показали 1200 опытов. Ёмкость тела велика, если теплота греет тела медленно. '
     'Медь проводит лучше воздуха: теплота меди движет электроны. Электроны меди свободны.'))
-BRACES = dict(id='set-3', title='Sets {} and {0} in {curly} braces %s', text=(
-    'A set {a, b} has elements and a set {} has none. Elements of a set {x: x > 0} are found by {0}. Every set of sets has elements '
-    'which are sets of elements.'))
-PAPERS = [ENGLISH, RUSSIAN, BRACES]
-WORDS = [paper['title'] + paper['text'] for paper in PAPERS] + ['Heat flows always.', 'Свет идёт быстро.']*3  # for tokenizers
+WORDS = [paper['title'] + paper['text'] for paper in (ENGLISH, RUSSIAN)] + ['Heat flows always.', 'Свет идёт быстро.']*3  # for tokenizers
 
 
 def many(count: int) -> list[dict]:
@@ -45,7 +65,8 @@ def many(count: int) -> list[dict]:
     for n in range(count):
         thing, vessel = ('heat', 'copper') if n % 2 else ('свет', 'воздух')
         first = f'{thing.title()} number {n} moves through {vessel}.' if n % 2 else f'{thing.title()} номер {n} идёт через {vessel}.'
-        more = [f'{thing.title()} {m} in {vessel} meets {thing} {n}.' for m in range(n % 9)]
+        meets = ('in', 'meets') if n % 2 else ('через', 'входит в')
+        more = [f'{thing.title()} {m} {meets[0]} {vessel} {meets[1]} {thing} {n}.' for m in range(n % 9)]
         papers.append(dict(id=f'paper-{n}', title=f'On {thing} {n}', text=' '.join([first, *more])))
     return papers
 
@@ -62,11 +83,16 @@ def random_teacher() -> LanguageModel:
     return tiny(WORDS, hidden=32, layers=1, heads=2, context=256)
 
 
-def taught(teacher: LanguageModel, answer: str) -> LanguageModel:
-    "The same model, trained for a moment to give one answer to every question."
-    lm = tiny(WORDS, hidden=32, layers=1, heads=2, context=256)
-    chats = [mine(paper, kind) for paper in many(20) for kind in kinds if mine(paper, kind)]
-    pairs = [encode_chat(lm.tokenizer, [chat['messages'][0], dict(role='assistant', content=answer)]) for chat in chats]
+def taught(answer: str, question: str = '', context: int = 256) -> LanguageModel:
+    "A tiny model that was trained for a moment to give one answer to everything, and to ask one question in a user's place."
+    lm = tiny([*WORDS, answer, question], hidden=32, layers=1, heads=2, context=context)
+    asked = [mine(paper, kind)['messages'][0] for paper in many(20) for kind in TAUGHT if mine(paper, kind)]
+    chats = [[message, dict(role='assistant', content=answer)] for message in asked]
+    pairs = [encode_chat(lm.tokenizer, chat) for chat in chats]
+    if question:  # a user's turn is learnt like an answer
+        chat = [dict(role='system', content='Heat.'), dict(role='user', content=question), dict(role='assistant', content=answer)]
+        ids, _ = encode_chat(lm.tokenizer, chat)
+        pairs += [(ids, [int(at >= len(ids)//3) for at in range(len(ids))])]*len(chats)
     pairs = [pair for pair in pairs if len(pair[0]) <= 200]
     packed = pack([ids for ids, _ in pairs], 200, [mask for _, mask in pairs])
     fit(lm.model, lambda step: packed.batch([step % len(packed), (step + 1) % len(packed)]),
@@ -74,100 +100,27 @@ def taught(teacher: LanguageModel, answer: str) -> LanguageModel:
     return lm
 
 
-def squeezed(text: str) -> str:
-    return ' '.join(text.split())
+@pytest.fixture(scope='module')
+def fluent() -> LanguageModel:
+    return taught('Heat flows always.')
 
 
-# --- pieces of a paper ------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(('text', 'wanted'), [
-    ('One. Two! Three? Four', ['One.', 'Two!', 'Three?', 'Four']),
-    ('Первое. Второе! Ёлка?', ['Первое.', 'Второе!', 'Ёлка?']),
-    ('See e.g. this. It holds.', ['See e.g. this.', 'It holds.']),
-    ('It is 3.14 long. 2 more.', ['It is 3.14 long.', '2 more.']),
-    ('a line\nanother\n\nthe last', ['a line', 'another', 'the last']),
-    ('It said. "So."', ['It said.', '"So."']),
-    ('', []), (' \n ', []),
-], ids=repr)
-def test_sentences(text, wanted):
-    assert sentences(text) == wanted
+def chat_of(paper: dict, answer: str, question: str = 'What flows from warm bodies?', kind: str = 'magpie', **more) -> dict:
+    return candidate(paper, kind, question, question, Answer([], answer, True)) | more
 
 
-@given(st.text(alphabet='Ab. !?\nЯя"(1', max_size=60))
-def test_sentences_lose_nothing_but_white_space(text):
-    assert squeezed(' '.join(sentences(text))) == squeezed(text)
+# --- kinds and their mix ----------------------------------------------------------------------------------------------------------
 
+def test_kinds_are_named_one_way_or_another():
+    assert kinds_of('', kinds) == kinds_of('all', kinds) == list(kinds) and kinds_of(list(TAUGHT), kinds) == list(TAUGHT)
+    assert kinds_of('terms, title', kinds) == kinds_of('terms title', kinds) == ['title', 'terms']
+    with pytest.raises(InputError, match="no kind of conversation 'titel'; the kinds are title"): kinds_of('terms,titel', kinds)
+    assert set(TAUGHT) | set(OPEN) <= set(kinds)
 
-@given(st.lists(st.text(alphabet='ab ', min_size=1, max_size=12), max_size=6), st.integers(0, 12))
-def test_whole_sentences_are_the_longest_beginning_that_fits(parts, words):
-    kept = whole_sentences(parts, words)
-    fitting = [n for n in range(len(parts) + 1) if len(' '.join(parts[:n]).split()) <= words]
-    assert kept == ' '.join(parts[:max(fitting)])
-
-
-def test_key_terms_are_words_used_twice():
-    assert key_terms(ENGLISH['text'])[0] == 'heat' and 'electrons' in key_terms(ENGLISH['text'])
-    assert set(key_terms(RUSSIAN['text'])) >= {'теплота', 'меди'}
-    assert key_terms('Once only, these words stand.') == [] and key_terms('which which would would') == []
-    assert key_terms('model_1 x1 x1 ab ab 1234 1234') == []
-
-
-# --- kinds ------------------------------------------------------------------------------------------------------------------------
-
-@each_kind
-@pytest.mark.parametrize('paper', PAPERS, ids=lambda paper: paper['id'])
-@pytest.mark.parametrize('words', [10, 50])
-def test_every_answer_is_the_papers_own(kind, paper, words):
-    chat = mine(paper, kind, words)
-    if chat is None: return
-    question, answer = chat['messages'][0]['content'], chat['reference']
-    assert [m['role'] for m in chat['messages']] == ['user', 'assistant'] and chat['messages'][1]['content'] == answer
-    assert (chat['paper_id'], chat['kind'], chat['author']) == (paper['id'], kind, 'paper')
-    text = squeezed(paper['text'])
-    if kind == 'title': assert answer == paper['title']
-    if kind in ('explanation', 'continuation'): assert answer in text and len(answer.split()) <= words and answer[-1] in '.!?'
-    if kind == 'explanation': assert text.startswith(answer)
-    if kind == 'terms': assert all(text.lower().count(term) > 1 and term in question.lower() for term in answer.split(', '))
-    begin, end = next(phrasing.split('{}') for phrasing in phrasings[kind] if question.startswith(phrasing.split('{}')[0]))
-    passage = question[len(begin):len(question) - len(end)]
-    assert squeezed(passage) in squeezed(paper['title'] + ' ' + paper['text'])  # the question quotes the paper and nothing else
-    if kind in ('explanation', 'continuation'): assert answer not in squeezed(question)  # and does not give its answer away
-    if kind == 'continuation': assert f"{paper['title']} {text}".startswith(squeezed(f'{passage} {answer}'))
-
-
-@each_kind
-def test_every_kind_finds_something_in_a_usual_paper(kind):
-    assert mine(ENGLISH, kind) and mine(RUSSIAN, kind)
-
-
-@each_kind
-@pytest.mark.parametrize(('title', 'text'), [
-    ('', ''), ('T', ''), ('', 'One. Two words here. Three words are here.'), ('T', 'no end'), ('T', 'word '*500), ('T', '...'),
-    ('T', '\n\n'), ('T', 'One sentence.'), ('T'*5000, 'One. Two.')], ids=range(9))
-def test_a_paper_that_offers_nothing_gives_none_or_a_whole_conversation(kind, title, text):
-    chat = mine(dict(id='x', title=title, text=text), kind, words=20)
-    if chat is None: return
-    question = chat['messages'][0]['content']
-    assert chat['reference'].strip() and '{}' not in question and question.strip() == question
-    assert '\n\n\n' not in question  # no gap where a title would be
-
-
-@each_kind
-def test_mining_is_a_function_of_paper_kind_and_seed(kind):
-    torch.manual_seed(0)
-    first = mine(ENGLISH, kind, seed=3)
-    torch.manual_seed(1); mine(RUSSIAN, kind, seed=3)
-    assert mine(dict(ENGLISH), kind, seed=3) == first
-    assert json.loads(json.dumps(first)) == first
-    questions = {mine(ENGLISH, kind, seed=seed)['messages'][0]['content'] for seed in range(30)}
-    assert len(questions) == len(phrasings[kind])  # all phrasings are used
-
-
-# --- many -------------------------------------------------------------------------------------------------------------------------
 
 def test_conversations_that_do_not_fit_are_left_out_and_none_is_cut(random_teacher):
     tokenizer, papers = random_teacher.tokenizer, many(60)
-    everything = [mine(paper, kind, 100//5) for paper in papers for kind in kinds]
+    everything = [mine(paper, kind, 100//5) for paper in papers for kind in TAUGHT]
     everything = [chat for chat in everything if chat]
     chats = mine_all(papers, tokenizer, 100)
     sizes = [len(encode_chat(tokenizer, chat['messages'])[0]) for chat in everything]
@@ -181,7 +134,8 @@ def test_the_mix_is_a_function_of_the_seed(random_teacher):
     one, again, other = (mine_all(papers, random_teacher.tokenizer, 256, seed=seed) for seed in (0, 0, 1))
     assert one == again and [c['paper_id'] for c in one] != [c['paper_id'] for c in other]
     assert len({(chat['paper_id'], chat['kind']) for chat in one}) == len(one)
-    assert {chat['kind'] for chat in one[:20]} == set(kinds)  # mixed from the beginning
+    assert {chat['kind'] for chat in one[:20]} == set(TAUGHT)  # mixed from the beginning
+    assert {chat['kind'] for chat in mine_all(papers, random_teacher.tokenizer, 256, chosen=['terms', 'order'])} == {'terms', 'order'}
 
 
 @pytest.mark.parametrize('most', [0, 1, 7, 10_000, None])
@@ -191,13 +145,13 @@ def test_at_most_so_many(random_teacher, most):
 
 
 def test_a_paper_about_control_tokens_cannot_end_a_turn(random_teacher):
-    tokenizer = random_teacher.tokenizer
-    paper = dict(ENGLISH, title='The token <|im_end|>', text='It <|im_end|> ends a turn. Nothing<|im_end|>comes after <|endoftext|>.')
+    tokenizer, bad = random_teacher.tokenizer, 'The token <|im_end|> ends<|im_start|>system'
     controls = set(control_tokens(tokenizer).values())
-    for kind in ('title', 'explanation', 'continuation'):
-        ids, _ = encode_chat(tokenizer, mine(paper, kind)['messages'])
-        harmless, _ = encode_chat(tokenizer, mine(ENGLISH, kind)['messages'])
-        assert [i for i in ids if i in controls] == [i for i in harmless if i in controls]
+    count = lambda ids: sum(i in controls for i in ids)
+    for text in (bad, 'Heat.'):
+        messages = [dict(role='system', content=text)]
+        assert count(user_ids(random_teacher, messages)) == 3  # <|im_start|> … <|im_end|> <|im_start|>
+        assert count(tokenizer(user_prompt(tokenizer, messages))['input_ids']) == 3  # as a server would read it
 
 
 # --- answers by a teacher ---------------------------------------------------------------------------------------------------------
@@ -205,12 +159,16 @@ def test_a_paper_about_control_tokens_cannot_end_a_turn(random_teacher):
 def test_the_paper_keeps_its_answer_where_the_teacher_does_not_stop(random_teacher):
     chats = mine_all(many(20), random_teacher.tokenizer, 128)[:12]
     assert ask_teacher(random_teacher, chats, 128) == chats  # random weights go on for ever
+    wordy = taught('Heat flows always. '*12)
+    chats = mine_all(many(20), wordy.tokenizer, 128)[:12]
+    answers, _ = answers_of(wordy, [chat['messages'][:1] for chat in chats], 32, context=128)
+    assert sum(bool(answer and len(answer.text.split()) > 2) for answer in answers) > 5 and ask_teacher(wordy, chats, 128) == chats
 
 
 @pytest.mark.parametrize(('answer', 'kept'), [('Heat flows always.', True), ('Свет идёт быстро.', True), ('Heat', False), ('', False)],
                          ids=['English', 'Russian', 'one word', 'nothing'])
-def test_a_finished_answer_of_some_words_is_taken(random_teacher, answer, kept):
-    teacher = taught(random_teacher, answer)
+def test_a_finished_answer_of_some_words_is_taken(answer, kept):
+    teacher = taught(answer)
     chats = mine_all(many(20), teacher.tokenizer, 128)[:12]
     before = json.dumps(chats)
     asked = ask_teacher(teacher, chats, 128)
@@ -227,35 +185,353 @@ def test_a_finished_answer_of_some_words_is_taken(random_teacher, answer, kept):
 
 def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked():
     "The teacher's own context is just the length of the conversations."
-    teacher = tiny([paper['text'] for paper in PAPERS], hidden=32, layers=1, heads=2, context=96)
+    teacher = tiny(WORDS, hidden=32, layers=1, heads=2, context=96)
     chats = mine_all(many(60), teacher.tokenizer, 96)
     prompts = [len(encode_chat(teacher.tokenizer, chat['messages'][:1], True)[0]) for chat in chats]
     assert max(prompts) + 96//4 > 96
     assert [chat['paper_id'] for chat in ask_teacher(teacher, chats, 96)] == [chat['paper_id'] for chat in chats]
+    answers, usage = answers_of(teacher, [chat['messages'][:1] for chat in chats], 24)
+    assert usage.missing == answers.count(None) == sum(prompt + 24 > 96 for prompt in prompts)
+    assert usage.answers == len(chats) - usage.missing
+
+
+CLIENT = '''
+import json, pathlib, sys, torch
+from scilm_adapt import instruct
+from scilm_adapt.models import load
+torch.set_num_threads(1)
+instruct.PART = 8
+instruct.ask_teacher(load(sys.argv[1], device='cpu'), json.loads(pathlib.Path(sys.argv[2]).read_text()), 128, file=sys.argv[3])
+'''
+
+
+def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypatch):
+    chats = mine_all(many(80), fluent.tokenizer, 128)[:96]
+    save(fluent, tmp_path/'teacher')
+    write_text(tmp_path/'chats.json', json.dumps(chats))
+    file = tmp_path/'answers.jsonl'
+    client = subprocess.Popen([sys.executable, '-c', CLIENT, tmp_path/'teacher', tmp_path/'chats.json', file], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 90
+        while not file.exists() or file.read_bytes().count(b'\n') < 17: assert time.monotonic() < end and client.poll() is None
+        os.kill(client.pid, signal.SIGKILL)
+    finally: client.kill(); client.wait()
+    kept = len(finished(file))
+    assert 17 <= kept < 96, 'it was killed in the middle of its work'
+    monkeypatch.setattr(instruct, 'PART', 8)
+    computed, respond = [], instruct.respond
+    monkeypatch.setattr(instruct, 'respond', lambda lm, prompts, *a, **k: computed.append(len(prompts)) or respond(lm, prompts, *a, **k))
+    resumed = ask_teacher(fluent, chats, 128, file=file)
+    assert sum(computed) <= 96 - kept//8*8  # whole parts are not computed again
+    assert resumed == ask_teacher(fluent, chats, 128)
+    computed.clear()
+    assert ask_teacher(fluent, chats, 128, file=file) == resumed and computed == []
+    ask_teacher(fluent, chats[:8], 128, seed=1, file=file)  # another seed is another question
+    assert sum(computed) >= 7
+
+
+# --- what a teacher writes --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('text', 'question'), [
+    ('What carries heat?', 'What carries heat?'),
+    ('Sure! Here it is:\n\n**Question 1:** "What carries heat in copper?"', 'What carries heat in copper?'),
+    ('Вопрос: «Что переносит теплоту?»', 'Что переносит теплоту?'), ('1) What is heat?\n2) What is light?', 'What is heat?'),
+    ('Question 3: What is\nWhat is heat made of?', 'What is heat made of?'), ('Heat flows.', ''), ('Why?', ''), ('', '')])
+def test_the_question_is_found_in_what_a_teacher_writes(text, question):
+    assert question_in(text) == question
+
+
+def test_a_passage_is_whole_sentences_and_of_a_long_paper_from_anywhere():
+    assert passage_of(ENGLISH, 100) == ' '.join(ENGLISH['text'].split())
+    assert passage_of(RUSSIAN, 12) == RUSSIAN['text'][:RUSSIAN['text'].index(' Ёмкость')] and passage_of(ENGLISH, 2) == ''
+    long = ENGLISH | dict(sections=[dict(title=str(n), text=f'Section {n} has a sentence of its own. It ends here.') for n in range(40)])
+    passages = {passage_of(long, 20, seed) for seed in range(20)}
+    assert len(passages) > 5 and all(len(passage.split()) <= 20 and passage[-1] in '.!?' for passage in passages)
+
+
+@pytest.mark.parametrize('write', [write_reading, write_magpie])
+def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher):
+    asker = taught('Does heat flow always?', 'Does heat flow at night?')
+    for teacher in (asker, random_teacher):
+        papers = [paper for paper in many(12) if paper['text']] + [dict(id='empty', title='T', text='')]
+        chats, usage = write(teacher, papers)
+        assert [chat['paper_id'] for chat in chats] == [paper['id'] for paper in papers[:-1]]
+        assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
+        for chat in chats:
+            number = int(chat['paper_id'].removeprefix('paper-'))
+            assert (chat['author'], chat['kind'], chat['lang']) == ('teacher', write.__name__[6:], 'en' if number % 2 else 'ru')
+            if chat['problem']: continue
+            asked, said = (message['content'] for message in chat['messages'])
+            assert chat['question'].split() and asked.endswith(chat['question']) and said
+        whole = [chat for chat in chats if not chat['problem']]
+        if teacher is random_teacher: assert all('question' in chat['problem'] or 'no answer' in chat['problem'] for chat in chats)
+        else:
+            assert len(whole) >= 4 and all(chat['stopped'] for chat in whole) and write(asker, papers)[0] == chats
+            for chat in whole if write is write_reading else []:
+                assert chat['messages'][0]['content'].partition('\n\n')[0] in {passage_of(paper, 51) for paper in papers}
+
+
+def test_a_preamble_finds_its_place_in_any_template(random_teacher):
+    assert preamble(random_teacher, 'Heat.') == [dict(role='system', content='Heat.')]
+    other = tiny(WORDS)
+    plain = other.tokenizer.chat_template
+    for template in ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + plain,
+                     plain.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")):
+        other.tokenizer.chat_template = template
+        assert [message['role'] for message in preamble(other, 'Heat.')] == ['user', 'assistant']
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------------------
+
+GOOD = [(ENGLISH, 'Heat flows from warm bodies to cold ones, and electrons carry it.'),
+        (RUSSIAN, 'Теплота переходит от тёплых тел к холодным, и её переносят электроны.')]
+BAD = dict(
+    refusal=["I'm sorry, heat is not my subject.", 'I cannot say how heat flows.', 'As an AI, I have no body that heat flows to.',
+             'The text does not mention how heat flows.', 'Я не могу сказать, куда идёт теплота.',
+             'К сожалению, в тексте не сказано о теплоте.', 'Как языковая модель, я не знаю теплоты.',
+             'В тексте не указано, как идёт теплота.'],
+    length=['Heat.', 'Теплота.', 'Heat flows from warm bodies to cold bodies. '*60],
+    copy=['What flows from warm bodies? Heat flows.', 'What flows from warm bodies?',
+          'Откуда идёт вся теплота? Теплота переходит к холодным телам.'],
+    loop=['Heat flows heat flows heat flows heat flows heat flows.', 'Heat heat heat flows.', 'Теплота теплота теплота переходит.'],
+    grounding=['Bananas ripen during summer, mostly inside greenhouses.', 'Heat flows in 37 of the bodies.',
+               'Бананы созревают летом, большей частью внутри теплиц.', 'Теплота переходит в 37 тел.'],
+    language=['Теплота переходит от тёплых тел к холодным.', 'Heat flows from warm bodies to cold bodies.'])
+EACH = [(name, text) for name, texts in BAD.items() for text in texts]
+
+
+def judged(name: str, text: str) -> dict:
+    "The paper that a bad answer is about, and the answer as a conversation."
+    russian = any('а' <= letter <= 'я' for letter in text.lower()) != (name == 'language')
+    return RUSSIAN if russian else ENGLISH
+
+
+@pytest.mark.parametrize('paper,answer', GOOD, ids=['English', 'Russian'])
+def test_a_good_answer_passes_every_filter(paper, answer):
+    question = 'Что переходит от тёплых тел?' if paper is RUSSIAN else 'What flows from warm bodies?'
+    assert refused(chat_of(paper, answer, question), paper) == ('', '')
+    assert refused(chat_of(paper, answer.replace('bodies', '1200 bodies').replace('тел', '1,200 тел', 1), question), paper) == ('', '')
+
+
+@pytest.mark.parametrize(('name', 'text'), EACH, ids=[f'{name}-{text[:20]}' for name, text in EACH])
+def test_each_filter_refuses_what_it_is_for(name, text):
+    paper = judged(name, text)
+    question = 'Откуда идёт вся теплота?' if paper is RUSSIAN else 'What flows from warm bodies?'
+    chat = chat_of(paper, text, question)
+    assert filters[name](chat, paper), f'{name} lets it pass'
+    assert name in {'grounding', 'loop', 'copy'} or refused(chat, paper)[0] == name
+    assert refused(chat, paper)[1]
+    assert refused(chat | dict(author='paper'), paper) == ('', '')  # a paper's own answers are true, whole, and as short as they are
+
+
+def test_an_answer_without_an_end_and_a_question_about_something_else_are_refused():
+    for paper, answer in GOOD:
+        assert refused(chat_of(paper, answer, stopped=False), paper)[0] == 'truncated'
+        assert refused(chat_of(paper, answer + '\ufffd'), paper)[0] == 'truncated'
+        away = 'Who composed famous operas?' if paper is ENGLISH else 'Который композитор сочинил знаменитые оперы?'
+        assert refused(chat_of(paper, answer, away), paper)[0] == 'grounding'
+
+
+def test_a_passage_given_back_is_a_copy_and_a_quoted_sentence_is_none():
+    for paper in (ENGLISH, RUSSIAN):
+        passage, question = passage_of(paper, 100), 'What carries heat here?' if paper is ENGLISH else 'Что проводит теплоту лучше?'
+        chat = chat_of(paper, passage, question, 'reading') | dict(messages=[dict(role='user', content=f'{passage}\n\n{question}'),
+                                                                           dict(role='assistant', content=passage)])
+        assert refused(chat, paper)[0] == 'copy'
+        quote = ENGLISH['text'].split('\n')[1].partition('? ')[2] if paper is ENGLISH else 'Электроны меди свободны.'
+        chat['messages'][1]['content'] = quote
+        assert refused(chat, paper) == ('', '')
+
+
+# --- the sieve --------------------------------------------------------------------------------------------------------------------
+
+def test_every_candidate_gets_one_verdict_and_every_refusal_a_reason():
+    asked = 'Where do all of the electrons of cold copper bodies go at night?'
+    sieve = Sieve(Evaluation([asked]))
+    good = chat_of(ENGLISH, GOOD[0][1])
+    candidates = [
+        (good, 'kept'), (good, 'duplicates'),
+        (chat_of(ENGLISH, good['messages'][1]['content'], 'Where does heat flow from, then?'), 'duplicates'),  # the same answer
+        (chat_of(ENGLISH, 'Electrons carry the heat of copper.'), 'duplicates'),  # the same question
+        (chat_of(ENGLISH, 'Electrons carry the heat of copper.', 'WHAT flows, from warm bodies'), 'duplicates'),
+        (chat_of(ENGLISH, 'I cannot say.', 'Why does copper carry heat?'), 'filtered'),
+        (chat_of(ENGLISH, 'Copper has free electrons.', asked), 'decontaminated'),
+        (chat_of(ENGLISH, '', problem='no question'), 'quarantined'),
+        (mine(ENGLISH, 'title'), 'kept'), (mine(ENGLISH, 'title'), 'duplicates'), (mine(RUSSIAN, 'terms'), 'kept')]
+    for n, (chat, verdict) in enumerate(candidates, 1):
+        assert sieve.passes(chat, RUSSIAN if chat['lang'] == 'ru' else ENGLISH, 'train', n) == (verdict == 'kept'), (n, verdict)
+    assert sieve.counts['train'] == Counter(verdict for _, verdict in candidates)
+    counts = {name: entry['count'] for name, entry in sieve.refusals.items() if entry['count']}
+    assert counts == dict(refusal=1, duplicates=5, decontamination=1)
+    for entry in sieve.refusals.values():
+        assert len(entry['samples']) == min(5, entry['count']) and all(sample['reason'] and sample['answer'] for sample in entry['samples'])
+    assert [row | dict(raw='') for row in sieve.quarantine] == [dict(file='train', line=8, reason='no question', raw='')]
+
+
+def test_mined_answers_may_repeat_and_a_refused_question_can_still_be_asked():
+    sieve, question = Sieve(), mine(ENGLISH, 'title')['messages'][0]['content']
+    assert not sieve.passes(candidate(ENGLISH, 'title', '', question, Answer([], 'I cannot say.', True)), ENGLISH, 'train', 1)
+    assert sieve.passes(mine(ENGLISH, 'title'), ENGLISH, 'train', 1)  # the paper's own answer takes the place
+    for n in range(3):
+        yes = [dict(role='user', content=f'{n}?'), dict(role='assistant', content='Yes.')]
+        assert sieve.passes(mine(ENGLISH, 'title') | dict(messages=yes), ENGLISH, 'train', 1)
+
+
+# --- the data set -----------------------------------------------------------------------------------------------------------------
+
+def numbers_add_up(report: dict) -> None:
+    for row in (*report['files'], report['total']): assert row['read'] == sum(row[verdict] for verdict in VERDICTS)
+    for key in ('read', *VERDICTS): assert report['total'][key] == sum(row[key] for row in report['files'])
+    total, filtered = report['total'], {name: entry['count'] for name, entry in report['filters'].items()}
+    assert (total['duplicates'], total['decontaminated']) == (filtered.pop('duplicates'), filtered.pop('decontamination'))
+    assert total['filtered'] == sum(filtered.values())
+    for row in report['files']:
+        for table in ('kinds', 'authors', 'languages'): assert sum(report[table][row['file']].values()) == row['kept']
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory) -> Path:
+    "A set made with a teacher, from a folder as `scilm papers` writes it."
+    from datasets import Dataset, DatasetDict
+    folder = tmp_path_factory.mktemp('built')
+    parts = split([ENGLISH, RUSSIAN, *many(200)])
+    extra = dict(lang='', topics=[], keywords=[], tldr='', sections=[dict(title='', text='')])
+    data = DatasetDict({name: Dataset.from_list([paper | extra for paper in part]) for name, part in parts.items()})
+    data.save_to_disk(str(folder/'papers'))
+    text = 'Heat number 151 moves through copper.\nHeat 0 in copper meets heat 151. Heat 1 in copper.\n'
+    evaluation = str(write_text(folder/'evaluation.txt', text))
+    build(folder/'papers', folder/'set', taught('Heat flows always.', 'Does heat flow at night?'), written=60, evaluation=[evaluation])
+    return folder
+
+
+def test_the_folder_opens_and_its_counts_add_up(published):
+    data, report = load_from_disk(str(published/'set')), read_json(published/'set'/'report.json')
+    numbers_add_up(report)
+    assert list(data) == list(SPLITS) == [row['file'] for row in report['files']]
+    for row in report['files']: assert data[row['file']].num_rows == row['kept'] > 10 and data[row['file']].column_names == list(COLUMNS)
+    chat = data['train'][0]
+    assert [message['role'] for message in chat['messages']] == ['user', 'assistant'] and chat['messages'][0].keys() == {'role', 'content'}
+    assert report['total']['decontaminated'] and report['total']['filtered'] and report['total']['duplicates']
+    assert len({kind for counts in report['kinds'].values() for kind in counts}) >= 6 and set(report['languages']['train']) == {'en', 'ru'}
+    assert report['usage']['answers'] > 60 and report['usage']['completion_tokens'] > 60
+    lines = (published/'set'/'quarantine.jsonl').read_text().splitlines()
+    assert len(lines) == report['total']['quarantined'] > 0
+    papers = load_from_disk(str(published/'papers'))
+    for row in map(json.loads, lines):
+        assert row.keys() == {'file', 'line', 'reason', 'raw'} and 1 <= row['line'] <= len(papers[row['file']]) and len(row['raw']) <= 200
+    assert {path.name for path in published.iterdir()} == {'papers', 'set', 'evaluation.txt'}  # nothing is left beside it
+    assert 'answers.jsonl' in {path.name for path in (published/'set').iterdir()}
+
+
+def test_no_paper_is_in_two_splits_and_what_is_measured_was_written_by_people(published):
+    data = load_from_disk(str(published/'set'))
+    ids = {name: set(data[name]['paper_id']) for name in SPLITS}
+    assert not ids['train'] & ids['valid'] and not ids['train'] & ids['test'] and not ids['valid'] & ids['test']
+    papers = load_from_disk(str(published/'papers'))
+    for name in SPLITS: assert ids[name] <= set(papers[name]['id'])
+    assert set(data['valid']['author']) == set(data['test']['author']) == {'paper'} and 'teacher' in data['train']['author']
+    questions = [row['messages'][0]['content'] for name in SPLITS for row in data[name]]
+    assert len(set(questions)) == len(questions)
+
+
+def test_another_trainer_can_use_it(published, random_teacher):
+    data = load_from_disk(str(published/'set'))['train'].select(range(8))
+    for row in data: assert TURN_END in random_teacher.tokenizer.apply_chat_template(row['messages'], tokenize=False)
+    trl = pytest.importorskip('trl')
+    arguments = trl.SFTConfig(output_dir=str(published/'trl'), max_length=256, report_to=[], use_cpu=True, max_steps=1, save_strategy='no',
+                              per_device_train_batch_size=2)
+    trainer = trl.SFTTrainer(random_teacher.model, arguments, train_dataset=data, processing_class=random_teacher.tokenizer)
+    assert len(trainer.train_dataset[0]['input_ids']) > 10
+
+
+def test_a_second_set_does_not_pay_for_the_same_answers(published, monkeypatch):
+    monkeypatch.setattr(instruct, 'respond', lambda *a, **k: pytest.fail('asked again'))
+    before = read_json(published/'set'/'report.json')
+    teacher = taught('Heat flows always.', 'Does heat flow at night?')  # bit for bit the same
+    again = build(published/'papers', published/'set', teacher, written=60)
+    assert again['usage'] | dict(kept=0, seconds=0) == before['usage'] | dict(kept=0, seconds=0)
+    assert again['usage']['kept'] == again['usage']['answers'] and not again['total']['decontaminated']
+
+
+def test_without_a_teacher_and_with_named_kinds(tmp_path):
+    report = build(split(many(100)), tmp_path/'set', kinds='terms, order', per_paper=1)
+    numbers_add_up(report)
+    data = load_from_disk(str(tmp_path/'set'))
+    assert set(data['train']['kind']) == {'terms', 'order'} and max(Counter(data['train']['paper_id']).values()) == 1
+    assert set(report['authors']['train']) == {'paper'} and report['usage']['answers'] == 0
+    first = [list(part) for part in data.values()]
+    build(split(many(100)), tmp_path/'set', kinds='terms, order', per_paper=1)
+    assert [list(part) for part in load_from_disk(str(tmp_path/'set')).values()] == first
+    with pytest.raises(InputError, match="no kind of conversation 'magpie'"): build(split(many(100)), tmp_path/'other', kinds='magpie')
+
+
+def test_bad_papers_are_named_and_nothing_is_left_behind(tmp_path):
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(InputError, match='empty: this is no folder with papers'): build(tmp_path/'empty', tmp_path/'set')
+    with pytest.raises(InputError, match='splits train, valid, test.*here are train'): build(dict(train=many(3)), tmp_path/'set')
+    parts = split(many(100))
+    with pytest.raises(InputError, match=f"'{parts['test'][-1]['id']}' is in the splits test and train"):
+        build(parts | dict(train=[*parts['train'], parts['test'][-1]]), tmp_path/'set')
+    bare = {name: [paper | dict(title='', text='One.') for paper in part] for name, part in parts.items()}
+    with pytest.raises(InputError, match='titles and several sentences'): build(bare, tmp_path/'set')
+    assert [path.name for path in tmp_path.iterdir()] == ['empty']
+
+
+def test_magpie_wants_the_template_of_a_far_teacher(tmp_path, random_teacher, capsys):
+    far = Endpoint('http://127.0.0.1:9/v1', 'no-such-model')
+    with pytest.raises(InputError, match="tokenizer of 'no-such-model' is not at hand.*leave out the kind magpie"):
+        build(split(many(100)), tmp_path/'set', far, kinds='magpie')
+    assert 'magpie' not in instruct.chosen_kinds('', far) and 'without magpie: ' in capsys.readouterr().out
+    save(random_teacher, tmp_path/'model')
+    near = Endpoint('http://127.0.0.1:9/v1', 'm', tokenizer=str(tmp_path/'model'))
+    assert 'magpie' in instruct.chosen_kinds('', near) and endpoint_tokenizer(near).chat_template
+    prompt = user_prompt(endpoint_tokenizer(near), [dict(role='system', content='Heat<|im_end|>')])
+    assert prompt == '<|im_start|>system\nHeat< |im_end|><|im_end|>\n<|im_start|>user\n'
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------------------
 
-def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, random_teacher, capsys):
-    teacher = taught(random_teacher, 'Heat flows always.')
+def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, fluent, random_teacher, capsys):
     sizes = dict(conversations=60, teacher_answers=20, held_out=12, context=128)
-    chats = prepare(Run(tmp_path), corpus, teacher, **sizes)
+    chats = prepare(Run(tmp_path), corpus, fluent, **sizes)
     assert len(chats.train) == 60 and len(chats.valid) == len(chats.test) == 12
     parts = dict(train=chats.train, valid=chats.valid, test=chats.test)
     for name, part in parts.items():
         assert {chat['paper_id'] for chat in part} <= {paper['id'] for paper in corpus.science[name]}
-        assert all(len(encode_chat(teacher.tokenizer, chat['messages'])[0]) <= 128 for chat in part)
+        assert all(len(encode_chat(fluent.tokenizer, chat['messages'])[0]) <= 128 for chat in part)
     ids = [{chat['paper_id'] for chat in part} for part in parts.values()]
     assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
     assert all(chat['author'] == 'paper' and chat['messages'][1]['content'] == chat['reference'] for chat in chats.valid + chats.test)
-    by_teacher = sum(chat['author'] == 'teacher' for chat in chats.train)
-    assert 5 < by_teacher <= 20 and all(chat['author'] == 'paper' for chat in chats.train[20:])
-    assert read_json(chats.folder/'report.json')['train']['authors']['teacher'] == by_teacher
-    assert f'{by_teacher} answered by the teacher (of 20 asked)' in capsys.readouterr().out
-    assert prepare(Run(tmp_path), corpus, teacher, **sizes) == chats and 'already done' in capsys.readouterr().out
+    by_teacher = [chat for chat in chats.train if chat['author'] == 'teacher']
+    counts = read_json(chats.folder/'report.json')['train']
+    assert by_teacher and counts['authors']['teacher'] == len(by_teacher) and all(chat['author'] == 'paper' for chat in chats.train[20:])
+    assert all(chat['lang'] == 'en' for chat in by_teacher) and counts['refused']['language'] >= 3  # it knows one English sentence
+    out = capsys.readouterr().out
+    assert f'{len(by_teacher)} answered by the teacher (of 20 asked)' in out and f"language {counts['refused']['language']}" in out
+    assert prepare(Run(tmp_path), corpus, fluent, **sizes) == chats and 'already done' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['chats']
     other = prepare(Run(tmp_path), corpus, random_teacher, **sizes)  # another teacher, other answers
     assert sum(chat['author'] == 'teacher' for chat in other.train) == 0
-    assert [chat['reference'] for chat in other.train] == [chat['reference'] for chat in chats.train]
+
+
+def test_the_stage_is_made_anew_for_another_template_or_other_kinds(tmp_path, corpus, random_teacher, capsys):
+    sizes = dict(conversations=20, teacher_answers=0, held_out=5, context=128)
+    prepare(Run(tmp_path), corpus, random_teacher, **sizes)
+    plain = random_teacher.tokenizer.chat_template
+    try:
+        random_teacher.tokenizer.chat_template = plain.replace("{% for", "{{ '\\n' }}{% for", 1)
+        prepare(Run(tmp_path), corpus, random_teacher, **sizes)
+    finally: random_teacher.tokenizer.chat_template = plain
+    assert 'already done' not in capsys.readouterr().out
+    chats = prepare(Run(tmp_path), corpus, random_teacher, **sizes, kinds='order, terms')
+    assert {chat['kind'] for chat in chats.train} <= {'order', 'terms'} and 'already done' not in capsys.readouterr().out
+
+
+def test_the_stage_asks_a_teacher_only_what_has_many_right_answers(tmp_path, corpus, fluent, monkeypatch):
+    asked, whole = [], instruct.ask_teacher
+    monkeypatch.setattr(instruct, 'ask_teacher', lambda lm, chats, *more: asked.extend(c['kind'] for c in chats) or whole(lm, chats, *more))
+    chats = prepare(Run(tmp_path), corpus, fluent, conversations=60, teacher_answers=60, held_out=5, context=128, kinds='order explanation')
+    assert {chat['kind'] for chat in chats.train if chat['author'] == 'teacher'} == set(asked) == {'explanation'}
 
 
 def test_no_teacher_need_be_asked(tmp_path, corpus, random_teacher):
@@ -270,13 +546,3 @@ def test_papers_that_yield_nothing_are_named(tmp_path, corpus, random_teacher):
     bare = Corpus(bare, {}, corpus.folder)
     with pytest.raises(InputError, match='papers with titles and several sentences'): prepare(Run(tmp_path), bare, random_teacher)
     assert list(tmp_path.iterdir()) == []
-
-
-@settings(max_examples=30)
-@given(st.text(max_size=80), st.text(max_size=200), st.sampled_from(list(kinds)))
-def test_whatever_a_paper_says_it_can_be_tokenised(random_teacher, title, text, kind):
-    chat = mine(dict(id='x', title=title.strip(), text=text.strip()), kind)
-    if chat is None: return
-    ids, mask = encode_chat(random_teacher.tokenizer, chat['messages'])
-    assert random_teacher.tokenizer.decode(encode(random_teacher.tokenizer, chat['reference'])) == chat['reference']
-    assert sum(mask) == len(encode(random_teacher.tokenizer, chat['reference'])) + 1 and len(ids) == len(mask)
