@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 
 from scilm_adapt import __version__, cli, running
 from scilm_adapt.runs import InputError
@@ -312,3 +313,31 @@ def test_chat_with_a_folder_that_only_looks_like_a_model(tmp_path, model_folder,
     lm.tokenizer.chat_template = None
     save(lm, tmp_path/'base')
     assert cli.main(['chat', str(tmp_path/'base')]) == 2 and 'chat template' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('arguments', 'said'), [
+    (['nothing', '-o', 'out'], 'scilm papers'), (['papers', '-o', 'out', '--kinds', 'titel'], "'titel'"),
+    (['papers', '-o', 'out', '--teacher', 'http://user:secret@127.0.0.1:1/v1'], 'OPENAI_API_KEY'),
+    (['papers', '-o', 'out', '--teacher', 'http://127.0.0.1:9/v1#model'], 'http://127.0.0.1:9/v1'),
+    (['papers', '-o', 'out', '--teacher', 'no/such-model'], 'no/such-model'),
+    (['papers', '-o', 'out', '--decontaminate', 'nothing.jsonl'], 'nothing.jsonl')])
+def test_instruct_names_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    text = 'Heat flows from warm bodies to cold bodies. It never flows back by itself. We show that copper carries it well in all cases {}.'
+    rows = [dict(id=f'p{n}', title=f'On heat {n}', abstract=text.format(' '.join(f'number{n}x{m}' for m in range(20)))) for n in range(60)]
+    (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    assert cli.main(['papers', 'a.jsonl', '-o', 'papers']) == 0
+    capsys.readouterr()
+    assert cli.main(['instruct', *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error and 'secret' not in error and not (tmp_path/'out').exists()
+
+
+def test_instruct_makes_a_data_set_of_papers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['papers', 'installed-docs', '-o', 'papers', '--limit', '200']) == 0
+    assert cli.main(['instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'terms']) == 0
+    said, chats = capsys.readouterr().out, load_from_disk('chats')
+    report = json.loads((tmp_path/'chats'/'report.json').read_text())
+    assert sum(map(len, chats.values())) == report['total']['kept'] > 100 and f"scilm: {report['total']['kept']:,} conversations" in said
+    assert set(chats['train']['kind']) == {'title', 'terms'} and [m['role'] for m in chats['train'][0]['messages']] == ['user', 'assistant']

@@ -1,9 +1,11 @@
 """The whole pipeline, from files to a report, on tiny local folders of the families that the presets load from the Hub."""
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import papermill
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,3 +91,14 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     broken = subprocess.run([*command, '-p', 'text_field', 'summary'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert broken.returncode == 2 and "no field 'summary'" in broken.stderr and 'Traceback' not in broken.stderr
     assert json.loads((tmp_path/'mine'/'metrics.json').read_text()) == metrics  # what was there is still there
+
+
+@pytest.mark.parametrize(('name', 'parameters', 'said'), [
+    ('corpus', dict(sample=50), 'records with a title repeat another one'),
+    ('benchmark', dict(vocabulary=400, context=64, repeats=2), 'of the places hold text')])
+def test_the_other_run_notebooks_run_to_their_end(texts, tmp_path, name, parameters, said):
+    with gzip.open(tmp_path/'papers.jsonl.gz', 'wt') as file: file.write(texts['papers'].read_text())
+    done = papermill.execute_notebook(ROOT/'nbs'/f'{name}.ipynb', tmp_path/'out.ipynb', cwd=tmp_path, progress_bar=False,
+                                      parameters=dict(papers='papers.jsonl.gz', **parameters))
+    printed = [''.join(output.get('text', '')) for cell in done.cells for output in cell.get('outputs', [])]
+    assert any(said in text for text in printed) and done.metadata.papermill.exception is None
