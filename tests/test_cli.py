@@ -191,12 +191,18 @@ for _ in range(300):
 '''
 
 
+def listen() -> None:
+    "Whoever starts the tests in the background lets them ignore Ctrl-C; the command under test must not inherit that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize('number, code, ignore', [(signal.SIGINT, 130, 'raise'), (signal.SIGTERM, 143, 'raise'),
                                                   (signal.SIGTERM, 143, 'pass')])
 def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore):
     small = notebook(STUBBORN.replace('IGNORE', ignore), DONE)
     running = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=listen)
     pids = next([int(n) for n in line.split()[1:]] for line in running.stdout if line.startswith('pids'))
     assert all(map(alive, pids))                                      # the line above came while the cell was running
     running.send_signal(number)
