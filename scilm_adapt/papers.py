@@ -231,7 +231,7 @@ class Ledger:
         self.fields.update(row.fields)
         if row.outcome == 'kept': self.languages[row.record['lang']] += 1; self.splits[split_of(row.record['id'])] += 1
         elif row.outcome == 'quarantined':
-            self.reasons[re.sub(r'\d+', '…', row.reason)[:60]] += 1
+            self.reasons[re.sub(r'(?<=[ (])\d+', '…', row.reason)[:90]] += 1
             self.quarantine.write(json.dumps(dict(file=row.file, line=row.line, reason=row.reason, raw=row.raw), ensure_ascii=True) + '\n')
         else:
             if row.outcome == 'filtered': self.filters[row.reason.partition(':')[0]] += 1
