@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'compared', 'complaint', 'preflight_lines', 'preflight', 'answer_nats', 'teacher_advantage', 'pack_chats',
-           'batch_maker', 'distil_loss', 'train']
+           'batch_maker', 'surprise', 'distil_loss', 'chosen', 'written_down', 'train']
 
 # %% ../nbs/16_distill.ipynb #c2603733
 import copy
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from .divergence import dense_loss
+from .divergence import REFUSED, Head, dense_loss, head_of, sparse_kinds, sparse_loss
 from .instruct import Chats, mine_all
-from .models import (LanguageModel, adopt_chat, check_memory, hidden_states, load, logits_of, parameter_count, save,
-                                shared_vocabulary, weights_hash)
+from .models import (LanguageModel, adopt_chat, check_memory, hidden_states, load, parameter_count, save, shared_vocabulary,
+                                weights_hash)
 from .papers import Corpus, document
 from .runs import InputError, Run, content_hash, rng, say, stage, write_json
-from .teacher import LiveTeacher, Teacher
+from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash, open_cache
 from .tokens import USEFUL, Packed, batch_rows, control_tokens, encode_chat, encode_document, end_of_turn, pack, store_tokens
 from .training import document_nats, fit, keep_history, lm_loss, target_states
 
@@ -135,30 +136,41 @@ def pack_chats(tokenizer, chats: list[dict], context: int) -> Packed:
 
 def batch_maker(conversations: Packed, science: Packed | None, batch_size: int, retention_rows: int,
                 seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
-    "`batch_at(step)`: `batch_size` rows of conversations and, under names with `science_`, `retention_rows` rows of papers."
+    """`batch_at(step)`: `batch_size` rows of conversations and, under names with `science_`, `retention_rows` rows of papers.
+
+    It says its 'step' and, for a teacher on disk, the 'address' of each token to be learnt.
+    """
+    address = addresses(conversations)
     def batch_at(step: int) -> dict[str, torch.Tensor]:
-        batch = conversations.batch(batch_rows(len(conversations), batch_size, step, seed))
+        rows = batch_rows(len(conversations), batch_size, step, seed)
+        batch = conversations.batch(rows) | dict(step=torch.tensor(step), address=address(rows))
         if science is None: return batch
         rows = science.batch(batch_rows(len(science), retention_rows, step, seed))
         return batch | {f'science_{name}': value for name, value in rows.items()}
     return batch_at
 
 # %% ../nbs/16_distill.ipynb #4b4f031f
+def surprise(states: torch.Tensor, head: Head, written: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
+    "Negative log-likelihood (nats) of the words [N] that are written, from states [N, D] that predict them, summed and divided by `count`."
+    everything = torch.ones(len(states), dtype=torch.bool, device=states.device)
+    one = torch.ones(1, device=states.device).expand(len(states), 1)
+    return sparse_loss(states, head, written[:, None], one, everything, count=count, targets='sampled')
+
+
 def distil_loss(teacher: Teacher, kind: str = 'forward_kl', temperature: float = 1.0, retention_weight: float = 0.0,
                 answer_weight: float = 0.0, **options) -> Callable:
     """The loss of stage 2 for `training.fit`: a function (model, batch) -> 'loss' and its parts in nats per token.
 
-    'distil' is the divergence `kind` (with its `options`) from `teacher`'s targets; 'retention' the language-modelling loss on the
-    rows under `science_`; 'answers' that on the answers' own tokens. Parts of weight 0 are left out.
+    'distil' is the divergence `kind` (with its `options`) from `teacher`; 'retention' the language-modelling loss on the rows under
+    `science_`; 'answers' that on the answers' own tokens. Parts of weight 0 are left out.
     """
     def loss(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         states, written = target_states(hidden_states(model, batch), batch)
-        logits = logits_of(model, states)
-        everything = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        parts = dict(distil=dense_loss(logits, teacher.targets(batch), everything, kind, temperature, batch['count'], **options))
+        head, count = head_of(model), batch['count']
+        parts = dict(distil=teacher.loss(batch, states, head, kind, temperature, count, **options))
         total = parts['distil']
         if answer_weight:
-            parts['answers'] = F.cross_entropy(logits.float(), written, reduction='sum')/batch['count']
+            parts['answers'] = surprise(states, head, written, count)
             total = total + answer_weight*parts['answers']
         if retention_weight:
             science = {name.removeprefix('science_'): value for name, value in batch.items() if name.startswith('science_')}
@@ -169,6 +181,40 @@ def distil_loss(teacher: Teacher, kind: str = 'forward_kl', temperature: float =
     return loss
 
 # %% ../nbs/16_distill.ipynb #6e22f2c3
+def chosen(student: LanguageModel, teacher: LanguageModel, base: LanguageModel | None, shift: float, cache: int,
+           kind: str) -> OpenTeacher:
+    "The teacher that `train` asks; InputError for settings that cannot work together."
+    if shift and base is None:
+        raise InputError(f'shift is {shift}, and the difference that stage 1 made needs the model it began with; give base, or shift=0.')
+    if not math.isfinite(shift): raise InputError(f'shift is {shift}; give a finite number, such as 0.5 (0 shifts nothing).')
+    guide = ShiftedTeacher(LiveTeacher(teacher), student, base, shift) if shift else LiveTeacher(teacher)
+    if not 0 <= cache <= guide.rows:
+        raise InputError(f'cache is {cache:,}; give the number of words to keep a token, at most the {guide.rows:,} that the teacher '
+                         f'tells apart, or 0 to ask it at every step.')
+    if cache and kind not in sparse_kinds['sampled']:
+        raise InputError(f"'{kind}' cannot be had from a cache, because {REFUSED['sampled']}; choose "
+                         f"{' or '.join(sparse_kinds['sampled'])}, or cache=0.")
+    return guide
+
+
+def written_down(run: Run, teacher: OpenTeacher, conversations: Packed, k: int, temperature: float, seed: int) -> Teacher:
+    "What `teacher` says about the conversations as the stage 'targets': k words drawn a token. A build that was stopped goes on."
+    settings = dict(k=k, temperature=temperature, seed=seed)
+    config = dict(**settings, data=data_hash(conversations), **teacher.fingerprint())
+    begun = run.folder/f'.targets-{content_hash(config)[:12]}'
+    def make(folder: Path) -> None:
+        for other in run.folder.glob('.targets-*'):
+            if other != begun: shutil.rmtree(other)
+        build_cache(begun, teacher, conversations, **settings)
+        for file in begun.iterdir(): os.replace(file, folder/file.name)
+        begun.rmdir()
+    folder = stage(run, 'targets', config, make)
+    cache = open_cache(folder, conversations, **settings)
+    about = cache.report()
+    print(f"  targets: {about['targets']:,} tokens, {about['bytes']/2**20:.1f} MiB, {about['mass']:.0%} of its words", flush=True)
+    return cache
+
+# %% ../nbs/16_distill.ipynb #f661bcdd
 def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats, corpus: Corpus, *, steps: int, batch_size: int,
           context: int, learning_rate: float,
           kind: str = 'forward_kl', beta: float = 0.5,  # a key of `divergences`, and where between the two KL 'jsd' lies
@@ -176,7 +222,9 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats
           retention_weight: float = 0.5,                # how much the papers weigh against the answers; 0 leaves them out
           retention_rows: int | None = None,            # rows of papers a step (as many as of conversations, if None)
           answer_weight: float = 0.5,                   # how much the answers' own words weigh; 0 leaves that part out
-          seed: int = 0, micro_batch: int | None = None) -> LanguageModel:
+          seed: int = 0, micro_batch: int | None = None,
+          shift: float = 0.0, base: LanguageModel | None = None,  # alpha of the shift towards stage 1's change, which began with `base`
+          cache: int = 0) -> LanguageModel:             # words of the teacher kept a token, asked once; 0 asks it at every step
     """Stage 2: a copy of `student` distilled from `teacher` on the training conversations; kept in run.folder/models/distilled.
 
     `batch_size` rows of `context` tokens of conversations a step. In the folder are also history.json, with the parts 'distil',
@@ -187,6 +235,7 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats
     pupil, options = replace(student, tokenizer=copy.deepcopy(student.tokenizer)), dict(beta=beta) if kind == 'jsd' else {}
     adopt_chat(pupil, teacher)
     dense_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([True]), kind, temperature, **options)  # a wrong name is heard now
+    guide = chosen(student, teacher, base, shift, cache, kind)
     def make(folder: Path) -> None:
         preflight(pupil, teacher, chats.train[0]['messages'] if chats.train else EXAMPLE, context)
         conversations, science = pack_chats(pupil.tokenizer, chats.train, context), None
@@ -196,7 +245,8 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats
         if retention_weight:
             texts = map(document, corpus.science['train'])  # stage 1 made these tokens already, unless it was left out
             science = pack(store_tokens(run, 'tokens', texts, pupil.tokenizer, [corpus.folder]), context, share=USEFUL)
-        loss = distil_loss(LiveTeacher(teacher), kind, temperature, retention_weight, answer_weight, **options)
+        source = written_down(run, guide, conversations, cache, temperature, seed) if cache else guide
+        loss = distil_loss(source, kind, temperature, retention_weight, answer_weight, **options)
         model = copy.deepcopy(student.model).float()  # small steps are lost in 16-bit weights
         history = fit(model, batch_maker(conversations, science, batch_size, retention_rows or batch_size, seed), loss, steps,
                       learning_rate=learning_rate, seed=seed, micro_batch=micro_batch, description='distil')
@@ -205,8 +255,8 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats
     config = dict(steps=steps, batch_size=batch_size, context=context, learning_rate=learning_rate, kind=kind,
                   temperature=temperature, retention_weight=retention_weight, retention_rows=retention_rows or batch_size,
                   answer_weight=answer_weight, seed=seed, micro_batch=micro_batch, student=weights_hash(student.model),
-                  teacher=weights_hash(teacher.model), **options,
-                  tokenizer=content_hash([pupil.tokenizer.get_vocab(), pupil.tokenizer.chat_template]))
+                  teacher=weights_hash(teacher.model), shift=shift, base=weights_hash(base.model) if shift else None, cache=cache,
+                  **options, tokenizer=content_hash([pupil.tokenizer.get_vocab(), pupil.tokenizer.chat_template]))
     first = run.folder/'models'/'contrast'
     folder = stage(run, 'models/distilled', config, make, [corpus.folder, chats.folder, *([first] if first.is_dir() else [])])
     return replace(load(folder, next(student.model.parameters()).device), name='distilled')

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.runs import InputError, Run
-from scilm_adapt.teacher import LiveTeacher
+from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
 from scilm_adapt.training import lm_loss, micro_batches, target_states
 
@@ -313,3 +314,94 @@ def test_a_new_stage_1_makes_stage_2_run_again(student, teacher, data, tmp_path,
         (run.folder/'models'/'contrast'/'weights').write_text(text)
         train(run, student, teacher, **data, **SETTINGS)
         assert ('distilled: already done' in capsys.readouterr().out) == kept
+
+
+# --- other teachers of the stage
+
+def history_of(run: Run) -> list[dict]: return json.loads((run.folder/'models'/'distilled'/'history.json').read_text())
+
+
+def test_a_shift_changes_what_is_learnt_and_is_part_of_the_key(student, teacher, data, tmp_path, capsys):
+    run, base = Run(tmp_path/'run'), build(TOKENIZER, hidden=32, layers=1, context=128, name='base', seed=5)
+    before = [weights_hash(lm.model) for lm in (student, teacher, base)]
+    plain = weights_hash(train(run, student, teacher, **data, **SETTINGS).model)
+    found = {weights_hash(train(run, student, teacher, **data, **SETTINGS, shift=shift, base=base).model) for shift in (0.5, 1.0)}
+    assert len(found | {plain}) == 3 and [weights_hash(lm.model) for lm in (student, teacher, base)] == before
+    capsys.readouterr()
+    same = train(run, student, teacher, **data, **SETTINGS, shift=1.0, base=base)
+    assert 'distilled: already done' in capsys.readouterr().out and weights_hash(same.model) in found
+    other = build(TOKENIZER, hidden=32, layers=1, context=128, name='base', seed=6)
+    assert weights_hash(train(run, student, teacher, **data, **SETTINGS, shift=1.0, base=other).model) not in found
+    assert weights_hash(train(run, student, teacher, **data, **SETTINGS, base=base).model) == plain         # no shift, no base
+
+
+def test_the_student_itself_as_base_shifts_nothing(student, teacher, data, tmp_path):
+    live, shifted = (train(Run(tmp_path/name), student, teacher, **data, **SETTINGS, **more).model for name, more in (
+        ('live', {}), ('shifted', dict(shift=0.7, base=student))))
+    assert weights_hash(live) == weights_hash(shifted)
+
+
+def test_a_cache_is_a_stage_of_its_own_and_is_asked_once(student, teacher, data, tmp_path, capsys, monkeypatch):
+    run = Run(tmp_path/'run')
+    settings = SETTINGS | dict(retention_weight=0, answer_weight=0)
+    train(run, student, teacher, **data, **settings)
+    live = history_of(run)
+    train(run, student, teacher, **data, **settings, cache=300)
+    assert 'targets: ' in capsys.readouterr().out and (run.folder/'targets'/'manifest.json').is_file()
+    for one, other in zip(live, history_of(run)):  # the draws' noise; the surprise is 5.7
+        assert other['distil'] == pytest.approx(one['distil'], abs=0.02)
+    assert not list(run.folder.glob('.targets*'))
+
+    def never(*_): raise AssertionError('the teacher was asked again')
+    monkeypatch.setattr(LiveTeacher, 'logits_at', never)
+    train(run, student, teacher, **data, **settings | dict(steps=4), cache=300)                              # more steps, same targets
+    assert 'targets: already done' in capsys.readouterr().out and len(history_of(run)) == 4
+    for change in (dict(cache=301), dict(seed=1), dict(temperature=2.0)):
+        with pytest.raises(AssertionError, match='asked again'):
+            train(run, student, teacher, **data, **settings | dict(cache=300) | change)
+    with pytest.raises(AssertionError, match='asked again'):
+        train(run, teacher, build(TOKENIZER, hidden=32, layers=1, context=128, seed=8), **data, **settings, cache=300)
+
+
+def test_a_shifted_teacher_is_cached_and_a_stopped_build_goes_on(student, teacher, data, tmp_path, monkeypatch):
+    run, base = Run(tmp_path/'run'), build(TOKENIZER, hidden=32, layers=1, context=128, name='base', seed=5)
+    settings = SETTINGS | dict(cache=8, shift=0.5, base=base)
+    (run.folder/'.targets-0123456789ab').mkdir()                                                             # of other settings
+    monkeypatch.setattr('scilm_adapt.distill.build_cache', partial(build_cache, shard=20))
+    real, calls = LiveTeacher.logits_at, []
+    def stopping(self, batch, size):
+        if len(calls) == 4: raise KeyboardInterrupt
+        calls.append(self)
+        return real(self, batch, size)
+    monkeypatch.setattr(LiveTeacher, 'logits_at', stopping)
+    with pytest.raises(KeyboardInterrupt): train(run, student, teacher, **data, **settings)
+    begun, = run.folder.glob('.targets-*')
+    kept = {file.name: file.stat().st_mtime_ns for file in begun.glob('*.bin')}
+    assert kept and not (run.folder/'targets').exists() and not (run.folder/'models'/'distilled').exists()
+    monkeypatch.setattr(LiveTeacher, 'logits_at', real)
+    train(run, student, teacher, **data, **settings)
+    made = {file.name: file.stat().st_mtime_ns for file in (run.folder/'targets').glob('*.bin')}
+    assert kept.items() < made.items() and not list(run.folder.glob('.targets-*'))
+
+
+def test_a_damaged_cache_of_a_run_is_refused_with_a_way_out_that_works(student, teacher, data, tmp_path):
+    run = Run(tmp_path/'run')
+    train(run, student, teacher, **data, **SETTINGS, cache=4)
+    shard, = (run.folder/'targets').glob('*.bin')
+    good = shard.read_bytes()
+    shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(InputError, match='was changed; remove it and run again'):
+        train(run, student, teacher, **data, **SETTINGS | dict(steps=2), cache=4)
+    shard.unlink()
+    train(run, student, teacher, **data, **SETTINGS | dict(steps=2), cache=4)
+    assert shard.read_bytes() == good
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(shift=0.5), 'give base, or shift=0'), (dict(shift=math.nan), 'shift is nan'), (dict(cache=-1), 'cache is -1'),
+    (dict(cache=8, kind='jsd'), "'jsd' cannot be had from a cache, because draws .* choose forward_kl, or cache=0"),
+    (dict(cache=10**6), 'cache is 1,000,000; .* at most the'), (dict(shift=0.5, base='foreign'), 'different vocabularies')])
+def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path, changes, message):
+    if 'base' in changes: changes = changes | dict(base=tiny(['Quite other words in there.']))
+    with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
+    assert [path for path in (tmp_path/'run').rglob('*') if path.is_file()] == []
