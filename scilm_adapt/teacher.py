@@ -326,6 +326,7 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     if (folder/'targets.json').exists(): about = read_about(folder)
     refuse_stale(folder, about['made'], wanted)
     folder.mkdir(parents=True, exist_ok=True)
+    for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
     parts, numbers = shards_of(packed, shard), numbered(packed)
     for number, part in enumerate(progress(parts, 'asking the teacher', 'shard')):
         file = folder/f'shard-{number:05}.bin'

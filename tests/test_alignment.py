@@ -163,6 +163,14 @@ def test_added_white_space_is_content_and_control_tokens_are_none():
     assert ends_of(tokenizer, 'a    b').tolist() == [1, 5, 6]
 
 
+def test_a_letter_is_matched_with_the_letter_before_its_single_byte():
+    one, other = KINDS['bytes'], KINDS['letters']
+    common = common_tokens(one, other)
+    partner = dict(zip(common.own.tolist(), common.others.tolist()))
+    assert '<0x61>' in other.get_vocab() and partner[one.get_vocab()['a']] == other.get_vocab()['a']
+    assert partner[end_of_turn(one)] == end_of_turn(other) and len(set(partner.values())) == len(partner)
+
+
 @given(text=ANY)
 @settings(max_examples=60)
 def test_groups_are_those_of_trl(text):
