@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from .models import LanguageModel, check_memory, hidden_states, load, save, weights_hash
 from .papers import Corpus, document, fingerprint
-from .runs import InputError, Run, content_hash, say, stage
-from .tokens import USEFUL, Packed, batch_rows, encode_document, pack, pad, store_tokens
+from .runs import InputError, Run, say, stage
+from .tokens import USEFUL, Packed, batch_rows, encode_document, pack, pad, store_tokens, tokenizer_hash
 from .training import fit, keep_history, lm_loss
 
 # %% ../nbs/09_contrast.ipynb #d824628d
@@ -166,6 +166,6 @@ def train(run: Run, student: LanguageModel, corpus: Corpus, *, steps: int, batch
         keep_history(folder, history)
     config = dict(steps=steps, batch_size=batch_size, context=context, learning_rate=learning_rate, contrast_weight=contrast_weight,
                   contrast_batch=contrast_batch, temperature=temperature, pair_length=pair_length, seed=seed, micro_batch=micro_batch,
-                  student=weights_hash(student.model), tokenizer=content_hash([tokenizer.get_vocab(), tokenizer.chat_template]))
+                  student=weights_hash(student.model), tokenizer=tokenizer_hash(tokenizer))
     folder = stage(run, 'models/contrast', config, make, parents=[corpus.folder])
     return replace(load(folder, next(student.model.parameters()).device), name='contrast')

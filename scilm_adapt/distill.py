@@ -25,7 +25,8 @@ from .models import (LanguageModel, adopt_chat, check_memory, hidden_states, loa
 from .papers import Corpus, document
 from .runs import InputError, Run, content_hash, rng, say, stage, write_json
 from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash, open_cache
-from .tokens import USEFUL, Packed, batch_rows, control_tokens, encode_chat, encode_document, end_of_turn, pack, store_tokens
+from .tokens import (USEFUL, Packed, batch_rows, control_tokens, encode_chat, encode_document, end_of_turn, pack, store_tokens,
+                                tokenizer_hash)
 from .training import document_nats, fit, keep_history, lm_loss, target_states
 
 # %% ../nbs/17_distill.ipynb #4bb1f3a2
@@ -256,7 +257,7 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel, chats: Chats
                   temperature=temperature, retention_weight=retention_weight, retention_rows=retention_rows or batch_size,
                   answer_weight=answer_weight, seed=seed, micro_batch=micro_batch, student=weights_hash(student.model),
                   teacher=weights_hash(teacher.model), shift=shift, base=weights_hash(base.model) if shift else None, cache=cache,
-                  **options, tokenizer=content_hash([pupil.tokenizer.get_vocab(), pupil.tokenizer.chat_template]))
+                  **options, tokenizer=tokenizer_hash(pupil.tokenizer))
     first = run.folder/'models'/'contrast'
     folder = stage(run, 'models/distilled', config, make, [corpus.folder, chats.folder, *([first] if first.is_dir() else [])])
     return replace(load(folder, next(student.model.parameters()).device), name='distilled')

@@ -6,8 +6,8 @@
 __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'CHATML', 'USEFUL', 'train_tokenizer', 'control_tokens', 'spell',
            'as_content', 'batches', 'tokenised', 'encode_stream', 'encode_many', 'encode', 'document_ends',
            'encode_documents', 'encode_document', 'render', 'encode_chat', 'end_of_turn', 'Tokens', 'write_tokens',
-           'read_tokens', 'reading_of', 'store_tokens', 'Gaps', 'best_fit', 'pour', 'Packed', 'runs', 'laid_out',
-           'pack', 'shuffled', 'batch_rows', 'pad']
+           'read_tokens', 'reading_of', 'tokenizer_hash', 'store_tokens', 'Gaps', 'best_fit', 'pour', 'Packed', 'runs',
+           'laid_out', 'pack', 'shuffled', 'batch_rows', 'pad']
 
 # %% ../nbs/06_tokens.ipynb #4fd9ae5b
 import json
@@ -205,6 +205,11 @@ def reading_of(tokenizer) -> str:
     steps = json.loads(core.to_str()) if core is not None else {}
     for state in ('truncation', 'padding', 'post_processor'): steps.pop(state, None)  # of no effect on content, and often changed
     return content_hash([steps, sorted(tokenizer.get_vocab().items()), control_tokens(tokenizer), document_ends(tokenizer)])
+
+
+def tokenizer_hash(tokenizer) -> str:
+    "Hash of a tokenizer's vocabulary and chat template: what stands for it in the key of a stage that trains on conversations."
+    return content_hash([tokenizer.get_vocab(), tokenizer.chat_template])
 
 
 def store_tokens(run: Run, name: str, texts: Iterable[str], tokenizer, parents: Iterable[Path] = ()) -> Tokens:

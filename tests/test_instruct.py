@@ -19,9 +19,7 @@ from scilm_adapt.generate import Answer
 from scilm_adapt.instruct import (
     COLUMNS,
     OPEN,
-    SPLITS,
     TAUGHT,
-    VERDICTS,
     Sieve,
     answers_of,
     ask_teacher,
@@ -43,7 +41,7 @@ from scilm_adapt.instruct import (
 )
 from scilm_adapt.mining import kinds, mine
 from scilm_adapt.models import LanguageModel, save, tiny
-from scilm_adapt.papers import Corpus, split
+from scilm_adapt.papers import OUTCOMES, SPLITS, Corpus, split
 from scilm_adapt.runs import InputError, Run, read_json, write_text
 from scilm_adapt.tokens import TURN_END, control_tokens, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss
@@ -380,8 +378,8 @@ def test_mined_answers_may_repeat_and_a_refused_question_can_still_be_asked():
 # --- the data set -----------------------------------------------------------------------------------------------------------------
 
 def numbers_add_up(report: dict) -> None:
-    for row in (*report['files'], report['total']): assert row['read'] == sum(row[verdict] for verdict in VERDICTS)
-    for key in ('read', *VERDICTS): assert report['total'][key] == sum(row[key] for row in report['files'])
+    for row in (*report['files'], report['total']): assert row['read'] == sum(row[verdict] for verdict in OUTCOMES)
+    for key in ('read', *OUTCOMES): assert report['total'][key] == sum(row[key] for row in report['files'])
     total, filtered = report['total'], {name: entry['count'] for name, entry in report['filters'].items()}
     assert (total['duplicates'], total['decontaminated']) == (filtered.pop('duplicates'), filtered.pop('decontamination'))
     assert total['filtered'] == sum(filtered.values())
