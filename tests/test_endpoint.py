@@ -30,9 +30,10 @@ from scilm_adapt.endpoint import (
     usage_of,
 )
 from scilm_adapt.generate import chat_prompt, respond
-from scilm_adapt.instruct import VERDICTS, answers_of, ask_teacher, build, preamble, write_reading
+from scilm_adapt.instruct import answers_of, ask_teacher, build, preamble, write_reading
 from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
+from scilm_adapt.papers import OUTCOMES
 from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import control_tokens, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss
@@ -289,7 +290,7 @@ def test_a_far_teacher_writes_what_a_near_one_writes(server, lm, folder, tmp_pat
     written = [write_reading(teacher, papers)[0] for teacher in (replace(far, retries=0), lm)]
     assert [chat['paper_id'] for chat in written[0]] == [paper['id'] for paper in papers]
     report = build(dict(train=papers, valid=papers[:0], test=papers[:0]), tmp_path/'set', far, written=2)
-    assert report['usage']['answers'] >= 6 and report['total']['read'] == sum(report['total'][verdict] for verdict in VERDICTS)
+    assert report['usage']['answers'] >= 6 and report['total']['read'] == sum(report['total'][verdict] for verdict in OUTCOMES)
     assert (tmp_path/'set'/'answers.jsonl').exists()
 
 
