@@ -1,0 +1,137 @@
+"""Intervals against closed forms, a reference library and simulation: they hold the truth as often as they say."""
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from scilm_adapt.intervals import (
+    difference_interval,
+    rate_difference_interval,
+    rate_interval,
+    ratio_interval,
+    resampled_ratios,
+    seeds_interval,
+    verdict,
+)
+from scilm_adapt.runs import InputError
+
+
+def documents(seed: int, size: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    "Sizes with a long tail and nats that scatter by document; the true ratio is 1.2."
+    draw = np.random.default_rng(seed)
+    sizes = draw.lognormal(6, 0.5, size)
+    return sizes*draw.gamma(40, 1.2/40, size), sizes
+
+
+def test_bootstrap_intervals_cover_the_truth_in_95_of_100_cases():
+    found = [ratio_interval(*documents(seed), resamples=400) for seed in range(1000)]
+    covered = np.mean([interval['low'] <= 1.2 <= interval['high'] for interval in found])
+    assert 0.93 <= covered <= 0.97
+    assert all(interval['low'] <= interval['value'] <= interval['high'] for interval in found)
+
+
+def test_bootstrap_agrees_with_scipy():
+    nats, sizes = documents(3)
+    theirs = stats.bootstrap((nats, sizes), lambda a, b, axis: a.sum(axis)/b.sum(axis), paired=True, method='percentile', vectorized=True,
+                             n_resamples=8000, rng=np.random.default_rng(0)).confidence_interval
+    ours = ratio_interval(nats, sizes, resamples=8000)
+    width = theirs.high - theirs.low
+    assert abs(ours['low'] - theirs.low) < 0.08*width and abs(ours['high'] - theirs.high) < 0.08*width
+
+
+def test_bootstrap_is_a_function_of_its_seed_and_draws_in_blocks():
+    nats, sizes = documents(0, 5000)
+    assert ratio_interval(nats, sizes, seed=1) == ratio_interval(nats, sizes, seed=1) != ratio_interval(nats, sizes, seed=2)
+    assert len(resampled_ratios(nats, sizes, resamples=2001)) == 2001
+    assert ratio_interval([3.0], [2.0]) == dict(value=1.5, low=1.5, high=1.5)
+
+
+def test_paired_difference_sees_what_two_intervals_do_not():
+    nats, sizes = documents(0)
+    other = nats - 0.02*sizes*np.random.default_rng(1).gamma(4, 1/4, len(sizes))
+    assert ratio_interval(nats, sizes)['low'] < ratio_interval(other, sizes)['high']
+    difference = difference_interval(other, nats, sizes)
+    assert difference['high'] < 0
+    assert difference['value'] == pytest.approx((other.sum() - nats.sum())/sizes.sum())
+
+
+def test_a_difference_is_rarely_found_where_there_is_none():
+    "Two models that scatter around the same truth: about one verdict in twenty may be wrong."
+    wrong = 0
+    for seed in range(400):
+        (one, sizes), draw = documents(seed), np.random.default_rng(seed + 9999)
+        other = one + sizes*draw.normal(0, 0.1, len(sizes))
+        wrong += verdict(difference_interval(other, one, sizes, resamples=300)) != 'open'
+    assert 0.02 <= wrong/400 <= 0.09
+
+
+def test_wilson_interval_is_the_textbook_formula():
+    z = stats.norm.ppf(0.975)
+    for happened, total in ((0, 50), (50, 50), (81, 263), (1, 3)):
+        p = happened/total
+        centre, spread = p + z*z/(2*total), z*math.sqrt(p*(1 - p)/total + z*z/(4*total*total))
+        found = rate_interval(np.arange(total) < happened)
+        assert found['value'] == pytest.approx(p)
+        assert found['low'] == pytest.approx((centre - spread)/(1 + z*z/total), abs=1e-12)
+        assert found['high'] == pytest.approx((centre + spread)/(1 + z*z/total), abs=1e-12)
+
+
+def test_paired_share_intervals_cover_the_truth():
+    draw, hits = np.random.default_rng(0), []
+    for _ in range(1000):
+        hard = draw.random(150) < 0.3
+        one, other = draw.random(150) < np.where(hard, 0.2, 0.95), draw.random(150) < np.where(hard, 0.1, 0.8)
+        found = rate_difference_interval(one, other)
+        hits.append(found['low'] <= 0.3*0.1 + 0.7*0.15 <= found['high'])
+    assert 0.93 <= np.mean(hits) <= 0.98
+
+
+def test_paired_share_interval_by_hand():
+    "36 both, 12 only the first, 2 only the second, 0 neither: method 10 computed step by step."
+    one, other = np.array([1]*48 + [0]*2), np.array([1]*36 + [0]*12 + [1]*2)
+    a, b = rate_interval(one), rate_interval(other)
+    phi = (36*0 - 12*2)/math.sqrt(48*2*38*12)
+    d, e = a['value'] - a['low'], b['high'] - b['value']
+    found = rate_difference_interval(one, other)
+    assert found['value'] == pytest.approx(0.2)
+    assert found['low'] == pytest.approx(0.2 - math.sqrt(d*d - 2*phi*d*e + e*e))
+    assert found['low'] < 0.2 < found['high']
+
+
+# --- several seeds
+
+def trained(draw: np.random.Generator, spread: float, seeds: int = 3, size: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    "Differences [seeds, documents] around a true 0.05, where seeds differ by `spread`, and the sizes of the documents."
+    sizes = draw.lognormal(6, 0.6, size)
+    return sizes*(draw.normal(0.05, spread, (seeds, 1)) + draw.normal(0, 0.2, size) + draw.normal(0, 0.1, (seeds, size))), sizes
+
+
+@pytest.mark.parametrize('spread', [0, 0.02, 0.1])
+def test_intervals_over_seeds_cover_the_truth_whatever_part_the_seeds_have(spread):
+    draw = np.random.default_rng(0)
+    found = [seeds_interval(*trained(draw, spread)) for _ in range(1000)]
+    assert 0.94 <= np.mean([interval['low'] <= 0.05 <= interval['high'] for interval in found]) <= 0.99
+
+
+def test_an_interval_over_seeds_is_students_where_documents_leave_no_doubt():
+    sizes, values = np.full(400, 10.0), np.array([0.1, 0.3, 0.2])
+    found = seeds_interval(values[:, None]*sizes, sizes)
+    low, high = stats.t.interval(0.95, 2, loc=0.2, scale=values.std(ddof=1)/math.sqrt(3))
+    assert found == pytest.approx(dict(value=0.2, low=low, high=high))
+
+
+def test_an_interval_over_equal_seeds_is_that_over_documents():
+    nats, sizes = documents(1)
+    found, alone = seeds_interval(np.stack([nats, nats]), sizes), ratio_interval(nats, sizes, resamples=8000)
+    assert found['value'] == pytest.approx(alone['value'])
+    assert found['high'] - found['low'] == pytest.approx(alone['high'] - alone['low'], rel=0.05)
+
+
+def test_one_seed_gives_no_interval_over_seeds():
+    with pytest.raises(InputError, match='One seed says nothing'): seeds_interval(np.ones((1, 5)), np.ones(5))
+
+
+def test_verdicts_are_open_where_zero_is_possible():
+    assert verdict(dict(low=0.1, high=0.2)) == 'worse' and verdict(dict(low=0.1, high=0.2), lower_is_better=False) == 'better'
+    assert verdict(dict(low=-1, high=0)) == 'open'
