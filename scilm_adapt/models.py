@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ZOO', 'zoo', 'LanguageModel', 'parameter_count', 'best_device', 'mixed_precision', 'teacher_dtype', 'families',
-           'build', 'tiny', 'hidden_states', 'logits_of', 'load', 'save', 'weights_hash', 'same_vocabulary',
-           'shared_vocabulary', 'adopt_chat', 'free_memory', 'check_memory']
+           'build', 'tiny', 'hidden_states', 'logits_of', 'rounding', 'set_right', 'load', 'save', 'weights_hash',
+           'same_vocabulary', 'shared_vocabulary', 'adopt_chat', 'free_memory', 'check_memory']
 
 # %% ../nbs/07_models.ipynb #cb1d083b
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel,
                           PreTrainedTokenizerBase)
 
 from .runs import InputError
@@ -104,12 +105,50 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 # %% ../nbs/07_models.ipynb #8e619833
+def rounding(bits: int | None, device: torch.device | str, dtype: torch.dtype) -> dict:
+    "What `from_pretrained` is told so that it rounds matrices to `bits` (8 or 4) on the way to `device`; nothing for None."
+    if bits is None: return {}
+    if bits not in (4, 8): raise InputError(f'bits is {bits}; choose 8 or 4, or None for weights as they are.')
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # it warns in every layer that 8-bit products start from 16 bits
+    try: import bitsandbytes  # noqa: F401
+    except ImportError: raise InputError("Weights of 8 or 4 bits take the bitsandbytes package; pip install 'scilm_adapt[quantised]'.")
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)
+    return dict(quantization_config=config, device_map={'': device})
+
+
+def set_right(model: PreTrainedModel) -> None:
+    """Make 4-bit layers on a processor give what they give elsewhere, where bitsandbytes (0.50) does not.
+
+    It reads blocks of 64 weights there as if each row began a new one, so a matrix whose rows are no multiple of 64 long comes out
+    wrong: it is kept as a plain one with the rounded values. And at their first use it packs layers anew, which rounds them once more.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    for name, layer in [*model.named_modules()]:
+        if not isinstance(layer, Linear4bit) or layer.weight.device.type != 'cpu': continue
+        layer.support_avx512bf16_for_cpu = False
+        state = layer.weight.quant_state
+        rows, columns = state.shape
+        if columns % state.blocksize == 0: continue
+        state.shape = 1, rows*columns  # read as one row, all blocks are where they should be
+        plain = torch.nn.Linear(columns, rows, device='meta')
+        plain.weight = torch.nn.Parameter(dequantize_4bit(layer.weight.data, state).reshape(rows, columns), requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+
+# %% ../nbs/07_models.ipynb #1d284703
 ZOO = Path(__file__ if '__file__' in globals() else os.path.abspath('../scilm_adapt/models.py')).parent/'zoo'
 zoo = {'zoo:student': ZOO/'student', 'zoo:teacher': ZOO/'teacher'}
 
 
-def load(source: str | Path, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    "A causal language model from a built-in name, a folder or the Hub, in `eval` mode; InputError when it is none."
+def load(source: str | Path, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+         bits: int | None = None) -> LanguageModel:
+    """A causal language model from a built-in name, a folder or the Hub, in `eval` mode; InputError when it is none.
+
+    `bits` (8 or 4) rounds its matrices, for a teacher: such a model can be asked and not trained. It takes the extra `quantised`.
+    """
+    device = device or best_device()
+    rounded = rounding(bits, device, dtype)
     where = Path(zoo.get(str(source), source)).expanduser()
     where = where if where.is_dir() else zoo.get(str(source), source)
     if Path(where).is_dir() and not (Path(where)/'config.json').is_file():
@@ -120,14 +159,16 @@ def load(source: str | Path, device: torch.device | str | None = None, dtype: to
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                            output_loading_info=True)
+                                                            output_loading_info=True, **rounded)
         if missing := sorted(found['missing_keys']):  # the library fills them with chance and goes on
             raise ValueError(f"{len(missing)} weights are missing in its files, among them {missing[0]}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"'{source}' cannot be loaded as a causal language model: {str(error).strip().splitlines()[0][:300]} "
                          f"(a model folder, a Hub name, or one of {', '.join(zoo)} is wanted).") from error
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
-    return LanguageModel(model.to(device or best_device()).eval(), tokenizer, str(source))
+    if rounded: set_right(model)
+    else: model.to(device)
+    return LanguageModel(model.eval(), tokenizer, str(source))
 
 # %% ../nbs/07_models.ipynb #27b19474
 def save(lm: LanguageModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -153,7 +194,7 @@ def weights_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/07_models.ipynb #a3437ee6

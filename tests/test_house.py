@@ -28,7 +28,8 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 MODULES = sorted((ROOT/'scilm_adapt').glob('[!_]*.py'))
 PRESETS = sorted((ROOT/'nbs'/'presets').glob('*.yaml'))
-TRAINING_MODULES = ['training', 'intervals', 'contrast', 'divergence', 'teacher', 'distill', 'evaluate']
+TRAINING_MODULES = ['training', 'intervals', 'contrast', 'divergence', 'teacher', 'alignment', 'rollouts', 'guards', 'starts', 'distill',
+                    'evaluate']
 SELF_EVIDENT = {'self', 'cls', 'tokenizer', 'model'}    # also tokenizer_a, model_b: they are transformers', whatever their class
 LAST_CELL = '#| hide\nimport nbdev; nbdev.nbdev_export()'
 
@@ -212,12 +213,13 @@ def import_without(modules: list[str], blocked: list[str]) -> None:
 
 
 def test_package_needs_no_notebook_tools():
-    import_without([p.stem for p in MODULES], ['nbdev', 'fastcore', 'execnb', 'papermill', 'IPython', 'trl'])
+    import_without([p.stem for p in MODULES], ['nbdev', 'fastcore', 'execnb', 'papermill', 'IPython', 'trl', 'peft', 'bitsandbytes'])
 
 
 def test_training_needs_no_datasets():
     "A GPU machine often has torch, transformers and accelerate, and nothing else."
-    import_without(TRAINING_MODULES, ['nbdev', 'fastcore', 'execnb', 'papermill', 'IPython', 'trl', 'datasets', 'pyarrow'])
+    import_without(TRAINING_MODULES, ['nbdev', 'fastcore', 'execnb', 'papermill', 'IPython', 'trl', 'peft', 'bitsandbytes', 'datasets',
+                                      'pyarrow'])
 
 
 # --- the checks themselves

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
+from scilm_adapt.divergence import head_of
 from scilm_adapt.models import (
     LanguageModel,
     adopt_chat,
@@ -33,7 +37,9 @@ from scilm_adapt.models import (
     weights_hash,
 )
 from scilm_adapt.runs import InputError
+from scilm_adapt.teacher import LiveTeacher
 from scilm_adapt.tokens import encode_document, end_of_turn, laid_out, pack, pad
+from scilm_adapt.training import target_states
 
 torch.set_num_threads(1)
 TEXTS = ['Heat flows from warm bodies to cold ones.', 'Light is a wave.', 'Теплота переходит от тёплых тел к холодным.',
@@ -409,3 +415,100 @@ def test_hashes_of_weights_see_every_change(lms, tmp_path):
         bias[0] += 1e-7
     assert weights_hash(lm.model) != before and weights_hash(lm.model.bfloat16()) != before
     shutil.rmtree(tmp_path)
+
+
+# --- rounded to 8 or 4 bits -------------------------------------------------------------------------------------------------------
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='the extra `quantised` is not installed')
+
+
+@pytest.fixture(scope='module')
+def whole() -> LanguageModel: return load('zoo:teacher', 'cpu')
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(('bits', 'memory', 'nats'), [(8, 0.45, 0.002), (4, 0.5, 0.1)])
+def test_a_rounded_teacher_answers_nearly_as_the_whole_one(whole, bits, memory, nats):
+    rounded = load('zoo:teacher', 'cpu', bits=bits)
+    assert not rounded.model.training and rounded.name == 'zoo:teacher' and same_vocabulary(rounded.tokenizer, whole.tokenizer)
+    assert rounded.model.get_memory_footprint() < memory*whole.model.get_memory_footprint()
+    ids = torch.tensor([encode_document(whole.tokenizer, 'The mean of an array is the sum of its values divided by their number.')])
+    with torch.no_grad(): p, q = (lm.model(ids).logits.double().log_softmax(-1) for lm in (whole, rounded))
+    assert 0 < (p.exp()*(p - q)).sum(-1).mean() < nats
+
+
+NF4 = torch.tensor([-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
+                    0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0])  # arXiv:2305.14314, appendix E
+
+
+def to_4_bits(matrix: torch.Tensor) -> torch.Tensor:
+    "Each weight as the nearest of 16 numbers, in units of the largest of its block of 64."
+    blocks = matrix.reshape(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    return (NF4[((blocks/largest)[..., None] - NF4).abs().argmin(-1)]*largest).reshape(matrix.shape)
+
+
+@needs_bitsandbytes
+@each_family
+def test_four_bits_are_what_they_should_be(lms, family, tmp_path):
+    "Also where rows are no multiple of 64 long, as 160 here."
+    wanted = copy.deepcopy(lms[family].model)
+    for layer in wanted.modules():
+        if layer is wanted.get_output_embeddings(): continue
+        if isinstance(layer, torch.nn.Linear): layer.weight.data = to_4_bits(layer.weight.data)
+        if isinstance(layer, Conv1D): layer.weight.data = to_4_bits(layer.weight.data.T.contiguous()).T  # GPT-2's, the other way round
+    save(lms[family], tmp_path)
+    rounded, ids = load(tmp_path, 'cpu', bits=4).model, torch.arange(3, 40)[None]
+    with torch.no_grad(): found, exact, before = (model(ids).logits for model in (rounded, wanted, lms[family].model))
+    assert torch.allclose(found, exact, atol=1e-5) and not torch.allclose(before, exact, atol=1e-3)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize('bits', [8, 4])
+def test_a_rounded_model_is_hashed_and_stays_as_it_was_loaded(whole, bits, capfd):
+    one, other = (load('zoo:teacher', 'cpu', bits=bits) for _ in range(2))
+    before = weights_hash(one.model)
+    capfd.readouterr()
+    logits(one)
+    assert capfd.readouterr().err == ''  # a warning in every layer would bury all else
+    assert weights_hash(one.model) == before == weights_hash(other.model) != weights_hash(whole.model)
+
+
+@needs_bitsandbytes
+@each_family
+def test_heads_and_embeddings_are_not_rounded(lms, family, tmp_path):
+    "What the losses read is the head's weights, so these must be numbers."
+    lm = lms[family]
+    save(lm, tmp_path)
+    rounded = load(tmp_path, 'cpu', bits=8).model
+    for of in ('get_input_embeddings', 'get_output_embeddings'):
+        assert torch.equal(getattr(rounded, of)().weight, getattr(lm.model, of)().weight)
+    assert torch.int8 in {weight.dtype for weight in rounded.parameters()}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize('bits', [8, 4])
+def test_a_rounded_teacher_teaches(whole, bits):
+    rounded, student = load('zoo:teacher', 'cpu', bits=bits), build(whole.tokenizer, hidden=32, layers=1)
+    batch = pack([encode_document(whole.tokenizer, text) for text in ('The mean of an array.', 'Sort a list of numbers.')], 64).batch([0])
+    hidden = hidden_states(student.model, batch)
+    states, head = target_states(hidden, batch)[0], head_of(student.model)
+    assert torch.equal(head_of(rounded.model).weight, head_of(whole.model).weight)
+    near, exact = (LiveTeacher(lm).loss(batch, states, head) for lm in (rounded, whole))
+    assert torch.isclose(near, exact, rtol=0.1) and near != exact
+    gradient, = torch.autograd.grad(near, hidden)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    targets, wanted = LiveTeacher(rounded).targets(batch), rounded.model(batch['input_ids'], position_ids=batch['position_ids'],
+                                                                         use_cache=False).logits[:, :-1][batch['loss_mask'][:, 1:]]
+    assert torch.allclose(targets, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize('bits', [0, 1, 16, 32])
+def test_other_numbers_of_bits_are_refused(bits):
+    with pytest.raises(InputError, match=f'bits is {bits}; choose 8 or 4, or None'): load('zoo:teacher', 'cpu', bits=bits)
+
+
+def test_the_extra_that_rounding_takes_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
+    with pytest.raises(InputError, match=r"bitsandbytes package; pip install 'scilm_adapt\[quantised\]'"):
+        load('zoo:teacher', 'cpu', bits=8)

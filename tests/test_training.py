@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from scilm_adapt.models import LanguageModel, hidden_states, logits_of, tiny, weights_hash
+from scilm_adapt.models import LanguageModel, hidden_states, load, logits_of, save, tiny, weights_hash
 from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import batch_rows, encode_document, pack
-from scilm_adapt.training import adamw, document_nats, fit, lm_loss, micro_batches, muon, schedule, set_seed
+from scilm_adapt.training import adamw, document_nats, fit, has_adapters, lm_loss, lora, micro_batches, muon, schedule, set_seed
 
 torch.set_num_threads(1)
 # Of very different lengths, so that micro-batches have very different numbers of targets.
@@ -313,6 +313,120 @@ def test_the_precision_may_change_between_trainings_of_a_process():
         losses.append(train(lm, ragged(lm), steps=2, precision=precision)[-1]['loss'])
         assert lm.model.dtype == torch.float32
     assert losses[0] == losses[2] != losses[1] and math.isclose(losses[0], losses[1], rel_tol=0.02)
+
+
+# --- what comes in between, and memory -------------------------------------------------------------------------------------------
+
+def test_what_is_called_after_a_step_sees_it_done_and_may_stop_it():
+    lm, plain, seen = model_of(), model_of(), []
+    packed, stop = ragged(lm), RuntimeError('enough')
+    def after(step, model):
+        seen.append((step, weights_hash(model), model.training))
+        model.eval()
+        torch.rand(7)
+        if step == 3: raise stop
+        return dict(seen=step/2) if step else None
+    with pytest.raises(RuntimeError) as found: train(lm, packed, steps=9, after=after)
+    assert found.value is stop and [step for step, *_ in seen] == [0, 1, 2, 3] and all(training for *_, training in seen)
+    assert weights_hash(lm.model) == seen[-1][1] != seen[-2][1] and not lm.model.training
+    history = train(plain, packed, steps=3, after=lambda step, model: dict(seen=1.5) if step else None)
+    assert ['seen' in row for row in history] == [False, True, True]
+
+
+def test_a_watched_training_is_the_same_as_one_that_is_not():
+    hashes = set()
+    for after in (None, lambda step, model: model.eval() and None):  # in evaluation mode dropout would be gone
+        lm = dropout_model()
+        train(lm, ragged(lm), steps=3, after=after)
+        hashes.add(weights_hash(lm.model))
+    assert len(hashes) == 1
+
+
+class Held:
+    "Bytes of all that autograd keeps for the backward pass within this context, the weights themselves left out."
+    def __init__(self, model): self.bytes, self.weights = 0, {p.data_ptr() for p in model.parameters()}
+
+    def __call__(self, tensor):
+        if tensor.data_ptr() not in self.weights: self.bytes += tensor.numel()*tensor.element_size()
+        return tensor
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+@pytest.mark.parametrize('micro_batch', [None, 3])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(family, micro_batch):
+    histories, models, held = [], [], []
+    for on in (False, True):
+        lm = model_of(family, layers=4)
+        packed, keeper = ragged(lm), Held(lm.model)
+        def loss(model, batch, keeper=keeper):
+            with torch.autograd.graph.saved_tensors_hooks(keeper, lambda tensor: tensor): return plain_loss(model, batch)
+        histories.append(fit(lm.model, lambda step, packed=packed: packed.batch(batch_rows(len(packed), 8, step, seed=0)), loss, 3,
+                             learning_rate=3e-3, precision='no', micro_batch=micro_batch, gradient_checkpointing=on))
+        models.append(lm.model)
+        held.append(keeper.bytes)
+    assert all(math.isclose(a['loss'], b['loss'], rel_tol=1e-6) for a, b in zip(*histories)) and furthest(*models) < 1e-6
+    assert held[1] < 0.6*held[0], held
+    assert not any(getattr(module, 'gradient_checkpointing', False) for module in models[1].modules())  # switched off again
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match='Linear cannot do it'):
+        fit(module, lambda step: None, None, 1, learning_rate=1.0, gradient_checkpointing=True)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox', 'qwen2'])
+def test_adapters_alone_learn_and_merge_into_a_plain_model(family, tmp_path):
+    lm, twin = model_of(family), model_of(family)
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout): module.p = 0.0
+    packed = ragged(lm)
+    batch, before = packed.batch([0, 1, 2]), {name: p.clone() for name, p in lm.model.state_dict().items()}
+    with torch.no_grad(): start = hidden_states(lm.model, batch)
+    adapted, merge = lora(lm.model, rank=3)
+    wanted = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert adapted is lm.model and wanted and all('lora_' in name for name in wanted)
+    with torch.no_grad(): assert torch.equal(hidden_states(adapted, batch), start)  # B is 0
+    history = train(lm, packed, steps=12, learning_rate=2e-2)
+    assert history[-1]['loss'] < history[0]['loss'] - 0.05 and all((p.grad is None) or p.requires_grad for p in adapted.parameters())
+    base = {name.replace('.base_layer', ''): p for name, p in adapted.state_dict().items() if 'lora_' not in name}
+    assert all(torch.equal(base[name], before[name]) for name in before)
+    with torch.no_grad(): learnt = logits_of(adapted, hidden_states(adapted, batch))
+    plain = merge()
+    assert plain is lm.model and not has_adapters(plain) and all(p.requires_grad for p in plain.parameters())
+    with torch.no_grad(): assert torch.allclose(logits_of(plain, hidden_states(plain, batch)), learnt, atol=1e-5)
+    assert list(plain.state_dict()) == list(twin.model.state_dict())
+    assert weights_hash(load(save(lm, tmp_path/'merged'), 'cpu').model) == weights_hash(plain)
+    assert not torch.allclose(learnt, logits_of(twin.model, start), atol=1e-3)
+
+
+def test_adapters_begin_where_the_seed_says_and_alpha_is_their_strength():
+    def first(seed, drawn=0):
+        torch.manual_seed(drawn)
+        state = torch.random.get_rng_state()
+        adapted = lora(model_of().model, 2, seed=seed)[0]
+        assert torch.equal(state, torch.random.get_rng_state())
+        return weights_hash(adapted)
+    assert first(0) == first(0, drawn=5) != first(1)
+    strengths = [next(m.scaling['default'] for m in lora(model_of().model, 4, alpha)[0].modules() if hasattr(m, 'lora_A'))
+                 for alpha in (None, 2.0)]
+    assert strengths == [2.0, 0.5]
+
+
+def test_adapters_of_a_model_in_16_bits_learn_in_32():
+    adapted = lora(model_of().model.bfloat16(), 2)[0]
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_adapters_that_cannot_be_are_refused(monkeypatch):
+    with pytest.raises(InputError, match='rank of LoRA is 0'): lora(model_of().model, 0)
+    model = lora(model_of().model, 2)[0]
+    with pytest.raises(InputError, match='has adapters already'): lora(model, 2)
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(InputError, match=r"scilm_adapt\[lora\]"): lora(model_of().model, 2)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------------
