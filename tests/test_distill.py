@@ -2,7 +2,6 @@
 import copy
 import json
 import math
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -11,20 +10,19 @@ import pytest
 import torch
 
 from scilm_adapt.distill import (
-    answer_nats,
     batch_maker,
-    complaint,
     distil_loss,
     pack_chats,
-    preflight,
-    preflight_lines,
-    teacher_advantage,
     train,
+    weight_at,
 )
 from scilm_adapt.divergence import dense_loss
+from scilm_adapt.endpoint import Endpoint
+from scilm_adapt.guards import Collapse
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document
+from scilm_adapt.rollouts import OnPolicy, on_policy_batches
 from scilm_adapt.runs import InputError, Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
@@ -65,12 +63,18 @@ def data(tmp_path) -> dict:
                 corpus=Corpus(dict(train=PAPERS[:30], valid=PAPERS[30:], test=PAPERS[30:]), dict(valid=[]), folders[1]))
 
 
-SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2)
+SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2)  # with watch=0 where the teacher is chance and far away is good
 
 
 def batch_of(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, rows: int = 4) -> dict:
     science = pack([encode_document(TOKENIZER, document(paper)) for paper in papers], context)
     return batch_maker(pack_chats(TOKENIZER, chats, context), science, rows, rows - 1, seed=0)(0)
+
+
+def changed(lm: LanguageModel, **changes) -> LanguageModel:
+    lm = replace(lm, tokenizer=copy.deepcopy(lm.tokenizer))
+    for name, value in changes.items(): setattr(lm.tokenizer, name, value)
+    return lm
 
 
 # --- the teacher
@@ -164,83 +168,6 @@ def test_long_conversations_are_left_out_whole(capsys):
     assert packed.loss_mask.sum() == sum(sum(encode_chat(TOKENIZER, chats[n]['messages'])[1]) for n in (0, 2))
     with pytest.raises(InputError, match='None of the 1 conversations fits into 64 tokens'): pack_chats(TOKENIZER, chats[1:2], 64)
     with pytest.raises(InputError, match='no conversations'): pack_chats(TOKENIZER, [], 64)
-
-
-# --- pre-flight
-
-def test_preflight_shows_a_table_and_passes(student, teacher, capsys):
-    lines = preflight(student, teacher, context=128)
-    table = capsys.readouterr().out
-    assert all(line['ok'] and not line['remedy'] and line['check'] in table for line in lines) and table.count(' ok\n') == len(lines) == 6
-    assert '<|im_end|> (2)' in table and '128 tokens' in table
-
-
-def changed(lm: LanguageModel, **changes) -> LanguageModel:
-    lm = replace(lm, tokenizer=copy.deepcopy(lm.tokenizer))
-    for name, value in changes.items(): setattr(lm.tokenizer, name, value)
-    return lm
-
-
-OTHER_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + ': ' + message['content'] + '<|endoftext|>' }}"
-                  "{% endfor %}")
-
-
-@pytest.mark.parametrize(('spoil', 'failing', 'remedy'), [
-    (lambda s: changed(s, chat_template=None), ['an example', 'end of turn'], 'no chat template'),
-    (lambda s: changed(s, chat_template=OTHER_TEMPLATE), ['an example', 'end of turn'], r'models\.adopt_chat'),
-    (lambda s: tiny(['Quite other words in there.'], context=128), ['vocabulary', 'an example'], 'different vocabularies'),
-    (lambda s: build(TOKENIZER, context=32, name='short'), ['context'], 'set context to at most 32')])
-def test_preflight_names_what_does_not_fit(student, teacher, capsys, spoil, failing, remedy):
-    spoilt = spoil(student)
-    with pytest.raises(InputError, match=remedy): preflight(spoilt, teacher, context=64)
-    table = capsys.readouterr().out
-    wrong = {line['check'] for line in preflight_lines(spoilt, teacher, conversation(1)['messages'], 64) if not line['ok']}
-    assert set(failing) <= wrong and all(re.search(f'{check} .*does not fit', table) for check in failing)
-
-
-def test_preflight_counts_memory(student, teacher, monkeypatch):
-    monkeypatch.setattr('scilm_adapt.models.free_memory', lambda device: 1000)
-    with pytest.raises(InputError, match='smaller student or a larger machine'): preflight(student, teacher)
-
-
-def test_padded_output_layers_fit(student):
-    wide = copy.deepcopy(student.model)
-    wide.resize_token_embeddings(len(TOKENIZER) + 64)
-    lines = preflight(student, LanguageModel(wide, TOKENIZER, 'padded'))
-    assert lines[0]['ok'] and lines[0]['student'] != lines[0]['teacher']
-
-
-def test_complaint_is_the_sentence_or_nothing():
-    def refuse(): raise InputError('no')
-    assert complaint(refuse) == 'no' and complaint(len, []) == ''
-
-
-# --- is the teacher worth it?
-
-def test_answer_nats_equal_the_definition(student):
-    chats = [conversation(number) for number in range(5)]
-    for chat in chats: chat['messages'][1]['content'] = 'What the teacher wrote.'       # the reference counts, not this
-    for chat, nats in zip(chats, answer_nats(student, chats, 64)):
-        ids, mask = encode_chat(TOKENIZER, [chat['messages'][0], dict(role='assistant', content=chat['reference'])])
-        with torch.no_grad(): logprobs = student.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        assert math.isclose(nats, -sum(logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]), rel_tol=1e-3)
-
-
-def test_advantage_is_a_paired_interval(student, teacher, monkeypatch, capsys):
-    chats = [conversation(number) for number in range(40)]
-    sizes = np.array([len(chat['reference']) for chat in chats])
-    draw = np.random.default_rng(0)
-    common, gain = draw.uniform(2, 9, 40)*sizes, draw.normal(0.2, 0.1, 40)*sizes        # conversations differ far more than models do
-    monkeypatch.setattr('scilm_adapt.distill.answer_nats', lambda lm, *_: common + (gain if lm is student else 0))
-    result = teacher_advantage(student, teacher, chats)
-    assert result['better'] and result['chats'] == 40 and 'the teacher is better by' in capsys.readouterr().out
-    assert math.isclose(result['difference'], gain.sum()/sizes.sum()/math.log(2), rel_tol=1e-9)
-    assert math.isclose(result['difference'], result['student'] - result['teacher'], rel_tol=1e-9)
-    assert 0.05 < result['high'] - result['low'] < 0.15 and result['low'] < result['difference'] < result['high']
-    assert teacher_advantage(student, teacher, chats) == result                         # chance by address
-    assert not teacher_advantage(teacher, student, chats)['better'] and 'expect little' in capsys.readouterr().out
-    json.dumps(result)
-    with pytest.raises(InputError, match='no held-out conversations'): teacher_advantage(student, teacher, [])
 
 
 # --- the stage
@@ -400,8 +327,139 @@ def test_a_damaged_cache_of_a_run_is_refused_with_a_way_out_that_works(student, 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(shift=0.5), 'give base, or shift=0'), (dict(shift=math.nan), 'shift is nan'), (dict(cache=-1), 'cache is -1'),
     (dict(cache=8, kind='jsd'), "'jsd' cannot be had from a cache, because draws .* choose forward_kl, or cache=0"),
-    (dict(cache=10**6), 'cache is 1,000,000; .* at most the'), (dict(shift=0.5, base='foreign'), 'different vocabularies')])
+    (dict(cache=10**6), 'cache is 1,000,000; .* at most the'), (dict(teacher=None), 'set distil_weight to 0'),
+    (dict(cache=4, on_policy=OnPolicy()), 'A cache knows the given answers only'), (dict(rank=-1), 'rank is -1'),
+    (dict(authors=()), "authors of answers are ''"), (dict(authors=('reader',)), "are 'reader'; name paper"),
+    (dict(on_policy=OnPolicy(contrast=1.0)), "'forward_kl' cannot; choose skew_kl or adaptive_skew_kl"),
+    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), kind='jsd'), "'jsd' cannot be had from a server"),
+    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), shift=0.5, base='same'), 'A server can judge neither'),
+    (dict(shift=0.5, base='foreign'), 'different vocabularies')])
 def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path, changes, message):
-    if 'base' in changes: changes = changes | dict(base=tiny(['Quite other words in there.']))
-    with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
+    bases = dict(foreign=tiny(['Quite other words in there.']), same=student)
+    changes = dict(teacher=teacher) | changes | (dict(base=bases[changes['base']]) if 'base' in changes else {})
+    with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, **data, **SETTINGS | changes)
     assert [path for path in (tmp_path/'run').rglob('*') if path.is_file()] == []
+
+# --- weights, own answers, other teachers
+
+@pytest.mark.parametrize(('weight', 'at'), [(0.5, [0.5, 0.5, 0.5]), ((0.0, 1.0), [0.0, 0.5, 1.0]), ([1.0, 0.5], [1.0, 0.75, 0.5])])
+def test_a_weight_is_a_number_or_a_straight_line(weight, at):
+    assert [weight_at(weight, step, 3) for step in range(3)] == at and weight_at(weight, 0, 1) == at[0]
+
+
+def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
+    batch = batch_of([conversation(number) for number in range(12)])
+    loss = distil_loss(LiveTeacher(teacher), retention_weight=(0.0, 1.0), steps=5)
+    with torch.no_grad(): found = [loss(student.model, batch | dict(step=torch.tensor(step))) for step in (0, 2)]
+    assert 'retention' not in found[0]
+    torch.testing.assert_close(found[1]['loss'], found[1]['distil'] + 0.5*found[1]['retention'])
+
+
+def test_the_reference_holds_the_student_to_what_it_said_of_papers(student, teacher):
+    batch = batch_of([conversation(number) for number in range(12)])
+    science = {name[8:]: value for name, value in batch.items() if name.startswith('science_')}
+    loss = distil_loss(None, distil_weight=0.0, reference_weight=0.7, reference=LiveTeacher(teacher))
+    with torch.no_grad():
+        parts = loss(student.model, batch)
+        states, _ = target_states(hidden_states(student.model, science), science)
+        expected = dense_loss(logits_of(student.model, states), LiveTeacher(teacher).targets(science), torch.ones(len(states)) > 0)
+    torch.testing.assert_close(parts['reference'], expected)
+    torch.testing.assert_close(parts['loss'], 0.7*expected)
+
+
+def own_batch(student, contrast: float = 0.0) -> tuple[dict, dict]:
+    "A batch with answers of the student's own, and the given one."
+    chats = [conversation(number) for number in range(12)]
+    conversations = pack_chats(TOKENIZER, chats, 64)
+    given = batch_maker(conversations, None, 4, 0, seed=0)
+    policy = OnPolicy(share=1.0 if contrast else 0.5, max_new_tokens=8, contrast=contrast)
+    return on_policy_batches(student, chats, conversations, given, policy, 64, 10, 0)(3), given(3)
+
+
+def test_own_words_teach_nothing_but_are_judged(student, teacher):
+    batch, _ = own_batch(student)
+    own = batch['own'][:, 1:][batch['loss_mask'][:, 1:]]
+    assert 0 < own.sum() < len(own)
+    with torch.no_grad():
+        parts = distil_loss(LiveTeacher(teacher), 'jsd', answer_weight=0.5)(student.model, batch)
+        states, written = target_states(hidden_states(student.model, batch), batch)
+        logits = logits_of(student.model, states)
+        surprise = -logits.log_softmax(-1)[range(len(written)), written]
+        judged = dense_loss(logits, LiveTeacher(teacher).targets(batch), torch.ones(len(own), dtype=torch.bool), 'jsd')
+    torch.testing.assert_close(parts['answers'], surprise[~own].sum()/len(own))
+    torch.testing.assert_close(parts['distil'], judged)
+
+
+def test_given_answers_are_pulled_up_and_own_ones_pushed_down_with_their_weights(student, teacher):
+    batch, given = own_batch(student, 1.0)
+    assert torch.equal(batch['input_ids'], given['input_ids']) and len(batch['own_input_ids'])
+    own = {name[4:]: value for name, value in batch.items() if name.startswith('own_')}
+    loss = distil_loss(LiveTeacher(teacher), 'skew_kl', contrast=1.0, steps=10)
+    with torch.no_grad():
+        parts = loss(student.model, batch)
+        for name, rows, kind in (('distil', given, 'skew_kl'), ('own', own, 'skew_reverse_kl')):
+            states, _ = target_states(hidden_states(student.model, rows), rows)
+            expected = dense_loss(logits_of(student.model, states), LiveTeacher(teacher).targets(rows), torch.ones(len(states)) > 0, kind)
+            torch.testing.assert_close(parts[name], expected)
+    weight = 1 + 0.5*3/9  # DistiLLM-2: from 1 to 1.5
+    torch.testing.assert_close(parts['loss'], (2 - weight)*parts['distil'] + weight*parts['own'])
+    torch.testing.assert_close(loss(student.model, batch)['loss'], sum(loss(student.model, p)['loss'] for p in micro_batches(batch, 1)))
+
+
+def test_in_the_warm_up_only_given_words_are_learnt(student, teacher):
+    batch = batch_of([conversation(number) for number in range(12)])
+    loss = distil_loss(LiveTeacher(teacher), answer_weight=0.1, retention_weight=0.5, warm_up=3)
+    parts = loss(student.model, batch | dict(step=torch.tensor(2)))
+    assert parts.keys() == {'loss', 'answers', 'retention'}
+    torch.testing.assert_close(parts['loss'], parts['answers'] + 0.5*parts['retention'])
+
+
+@pytest.mark.parametrize('way', [
+    dict(on_policy=OnPolicy(max_new_tokens=6)), dict(on_policy=OnPolicy(max_new_tokens=6, replay=8)),
+    dict(kind='skew_kl', on_policy=OnPolicy(max_new_tokens=6, share=1.0, contrast=1.0)), dict(rank=4), dict(gradient_checkpointing=True),
+    dict(distil_weight=(1.0, 0.0), reference_weight=0.5), dict(watch=2, answer_weight=0.0)],
+    ids=lambda way: ' '.join(way))
+def test_every_way_trains_is_deterministic_and_leaves_the_student_alone(student, teacher, data, tmp_path, way, capsys):
+    before, hashes = weights_hash(student.model), []
+    for name in 'ab':
+        run = Run(tmp_path/name)
+        hashes.append(weights_hash(train(run, student, teacher, **data, **SETTINGS | dict(steps=6, micro_batch=2), **way).model))
+    assert hashes[0] == hashes[1] != before == weights_hash(student.model)
+    rows = history_of(run)
+    if 'on_policy' in way:
+        assert 'the student ends 0% of its answers: 1 steps on given ones first' in capsys.readouterr().out
+        assert 'distil' not in rows[0] and 'rolled_share' not in rows[0] and any(row['rolled_share'] > 0 for row in rows[1:])
+    if way.get('watch'): assert [row['step'] for row in rows if 'watch_stop_rate' in row] == [1, 3, 5]
+
+
+def test_without_a_teacher_the_words_of_chosen_authors_are_learnt(student, data, tmp_path):
+    chats = data['chats']
+    mixed = [chat | dict(author='teacher' if n % 2 else 'paper') for n, chat in enumerate(chats.train)]
+    words = SETTINGS | dict(distil_weight=0.0, answer_weight=1.0, retention_weight=0.0, watch=0)
+    def learnt(name, given, **changes):
+        return weights_hash(train(Run(tmp_path/name), student, None, replace(chats, train=given), data['corpus'], **words, **changes).model)
+    assert learnt('a', mixed, authors=('teacher',)) == learnt('b', [c for c in mixed if c['author'] == 'teacher']) != learnt('c', mixed)
+    assert history_of(Run(tmp_path/'a'))[0].keys() >= {'loss', 'answers'} and json.loads(
+        (tmp_path/'a'/'models'/'distilled'/'advantage.json').read_text()) == {}
+
+
+def test_a_teacher_with_other_tokens_goes_all_the_way(teacher, data, tmp_path, capsys):
+    stranger = build(train_tokenizer([document(paper) for paper in PAPERS], 300), hidden=32, layers=1, context=192, name='stranger', seed=3)
+    stranger = changed(stranger, chat_template=None)
+    run = Run(tmp_path/'run')
+    distilled = train(run, stranger, teacher, **data, **SETTINGS | dict(steps=20, context=128, micro_batch=2), answer_weight=0.0)
+    assert stranger.tokenizer.chat_template is None and distilled.tokenizer.chat_template
+    assert 'byte by byte' in capsys.readouterr().out
+    rows = history_of(run)
+    assert rows[-1]['distil'] < 0.9*rows[0]['distil'] and rows[-1]['watch_stop_rate'] >= 0
+    for wrong in (dict(shift=0.5, base=stranger), dict(cache=4), dict(on_policy=OnPolicy())):
+        with pytest.raises(InputError, match=f"different vocabularies, which {next(iter(wrong))} cannot bridge"):
+            train(Run(tmp_path/'other'), stranger, teacher, **data, **SETTINGS, **wrong)
+
+
+def test_a_collapse_stops_the_run_and_keeps_the_last_good_weights(student, teacher, data, tmp_path):
+    helper = train(Run(tmp_path/'good'), student, teacher, **data, **SETTINGS | dict(steps=20, watch=0))
+    run = Run(tmp_path/'run')
+    with pytest.raises(Collapse, match='step .*Lower the learning rate'):
+        train(run, helper, teacher, **data, **SETTINGS | dict(steps=40, watch=2, learning_rate=5.0, retention_weight=0.0))
+    assert not (run.folder/'models'/'distilled').exists()
