@@ -34,6 +34,7 @@ from scilm_adapt.instruct import answers_of, ask_teacher, build, preamble, write
 from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.papers import OUTCOMES
+from scilm_adapt.remote import remote_targets
 from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import control_tokens, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss
@@ -212,6 +213,11 @@ def test_answers_are_those_of_the_model_itself(server, lm):
 def test_a_limit_truncates_and_is_seen(server):
     [answer], usage = ask(server.endpoint, [question('What is light?')], 2)
     assert not answer.stopped and usage.completion_tokens == 2
+
+
+def test_probabilities_of_words_are_not_to_be_had_from_this_server(server, lm, tmp_path):
+    with pytest.raises(InputError, match=r'gives no probabilities of words \(`transformers serve` never does; vLLM and llama.cpp do\)'):
+        remote_targets(tmp_path, server.endpoint, lm.tokenizer, [dict(messages=question('What is light?'))], k=4)
 
 
 def test_plain_text_is_continued(server):
