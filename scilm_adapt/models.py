@@ -148,6 +148,9 @@ def load(source: str | Path, device: torch.device | str | None = None, dtype: to
     `bits` (8 or 4) rounds its matrices, for a teacher: such a model can be asked and not trained. It takes the extra `quantised`.
     """
     device = device or best_device()
+    if str(source).startswith(('http://', 'https://')):
+        raise InputError(f"'{source}' is the address of a server, and a model that is here is wanted; a server answers questions with "
+                         f"`scilm instruct … --teacher`, and its likeliest words are learnt by distill.train(teacher=Endpoint(…)).")
     rounded = rounding(bits, device, dtype)
     where = Path(zoo.get(str(source), source)).expanduser()
     where = where if where.is_dir() else zoo.get(str(source), source)

@@ -512,3 +512,7 @@ def test_the_extra_that_rounding_takes_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
     with pytest.raises(InputError, match=r"bitsandbytes package; pip install 'scilm_adapt\[quantised\]'"):
         load('zoo:teacher', 'cpu', bits=8)
+
+
+def test_the_address_of_a_server_is_no_model():
+    with pytest.raises(InputError, match='is the address of a server.*scilm instruct'): load('http://127.0.0.1:8000/v1#name')
