@@ -1,0 +1,358 @@
+"""The contestants of benchmark.ipynb in distillation: each call is a process of its own and ends with one line of JSON.
+
+    python steps.py prepare folder '{"small": true}'
+    python steps.py contest folder '{"names": ["ours", "gkd", "gold"], "rounds": 5}'
+
+What is counted. Everybody gets the same tokens, already collated and on the processor, and the same weights, read from the same folder.
+The learning rate is 0, so that the weights stay what they are and every round is the same work with the same loss. Ours is
+`training.fit` itself with `distill.distil_loss`, from one batch to the next, with all its bookkeeping. TRL's is the trainer's own
+`training_step` (its on-policy part included), then clipping and the optimiser's step; the loop of `Trainer.train` around it, which would
+come on top, is left out. All have 32 or all have 16-bit products, fused AdamW, clipping at 1, and no gradient checkpointing.
+"""
+import gc
+import inspect
+import json
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging as transformers_logging
+
+from scilm_adapt.distill import distil_loss
+from scilm_adapt.divergence import chunked_loss
+from scilm_adapt.generate import sample
+from scilm_adapt.models import LanguageModel, build, load, parameter_count, save
+from scilm_adapt.runs import read_json, write_json
+from scilm_adapt.teacher import LiveTeacher, addresses, build_cache
+from scilm_adapt.tokens import Packed, pack, train_tokenizer
+from scilm_adapt.training import fit, lm_loss
+
+# (hidden, layers, heads); 'large' is the model of at least 5 million weights whose steps are held against the machine.
+FULL = dict(vocabulary=8192, student=(192, 4, 4), teacher=(384, 6, 6), large=(256, 5, 4), rows=16, prompt=32, answer=96)
+SMALL = dict(vocabulary=400, student=(32, 2, 4), teacher=(48, 2, 4), large=(40, 2, 4), rows=4, prompt=8, answer=8)
+WARM = 2  # rounds that are not counted
+
+
+# --- models and tokens
+
+def prepare(folder: Path, small: bool = False) -> dict:
+    "Write the models with random weights and a tokenizer of the wished size; returns their numbers of weights."
+    shapes, draw = SMALL if small else FULL, random.Random(0)
+    words = [''.join(draw.choices('etaoinshrdlu', k=draw.randint(2, 9))) for _ in range(80_000)]
+    tokenizer = train_tokenizer((' '.join(words[at:at + 200]) for at in range(0, len(words), 200)), shapes['vocabulary'])
+    sizes = {}
+    for seed, name in enumerate(('student', 'teacher', 'large')):
+        hidden, layers, heads = shapes[name]
+        lm = build(tokenizer, 'llama', hidden, layers, heads, 512, seed)
+        save(lm, folder/name)
+        sizes[name] = parameter_count(lm.model)
+    write_json(folder/'shapes.json', shapes)
+    return sizes
+
+
+def open_model(folder: Path, name: str) -> LanguageModel:
+    "A model that no token ends, so that all answers come out equally long."
+    lm = load(folder/name, 'cpu')
+    lm.model.generation_config.eos_token_id = None
+    return lm
+
+
+def conversations(folder: Path, batches: int = 1) -> Packed:
+    "Random tokens in rows of one question and one answer each, of which the answer is learnt."
+    shapes, draw = read_json(folder/'shapes.json'), np.random.default_rng(0)
+    length = shapes['prompt'] + shapes['answer']
+    ids = draw.integers(3, shapes['vocabulary'], (batches*shapes['rows'], length)).tolist()  # 0 to 2 are control tokens
+    return pack(ids, length, [[0]*shapes['prompt'] + [1]*shapes['answer']]*len(ids))
+
+
+# --- what a fresh process needs
+
+def resident() -> int:
+    "Bytes of memory that this process has now."
+    return psutil.Process().memory_info().rss
+
+
+def highest() -> int:
+    "The most bytes that this process has had (on Linux in kilobytes)."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+
+
+class Peak:
+    "MiB that a block needs at its highest over what there was before it: `with Peak() as peak: ...; peak.MiB`."
+
+    def __enter__(self):
+        gc.collect()
+        try: Path('/proc/self/clear_refs').write_text('5')  # on Linux, the high-water mark of before is forgotten
+        except OSError: pass
+        self.before = resident()
+        return self
+
+    def __exit__(self, *_):
+        status = Path('/proc/self/status')
+        lines = status.read_text().splitlines() if status.exists() else []
+        most = next((int(line.split()[1])*1024 for line in lines if line.startswith('VmHWM:')), highest())
+        self.MiB = max(most - self.before, 4096)/2**20  # a page at least: what is small may fit into what was there already
+
+
+def summary(seconds: dict[str, list[float]], **more) -> dict:
+    "Median seconds of each, over the rounds that count."
+    return dict(seconds={name: statistics.median(times[WARM:] or times) for name, times in seconds.items()}, rounds=seconds, **more)
+
+
+# --- TRL's trainers
+
+def trl_settings(kind: type, precision: str, rows: int, **settings) -> object:
+    "A trainer's configuration with what all contestants have in common."
+    wanted = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, learning_rate=0.0, bf16=precision == 'bf16', fp16=False,
+                  gradient_checkpointing=False, use_cpu=True, report_to='none', disable_tqdm=True, beta=0.5, temperature=1.0,
+                  optim='adamw_torch_fused', max_grad_norm=1.0) | settings
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in wanted.items() if name in known})
+
+
+def trl_step(trainer: object, inputs: object, count: torch.Tensor | None) -> Callable[[], float]:
+    "One step of a trainer on `inputs`, as a function that returns the loss."
+    trainer.create_optimizer()
+    trainer.model_wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # which `Trainer.train` would say
+    def step() -> float:
+        loss = trainer.training_step(trainer.model_wrapped, inputs.copy(), count)
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        optimizer.step()
+        trainer.model.zero_grad()
+        return float(loss)
+    return step
+
+
+def collated(folder: Path) -> dict[str, torch.Tensor]:
+    "The batch of `conversations` as TRL's own collator would hand it over."
+    shapes = read_json(folder/'shapes.json')
+    batch, prompt = conversations(folder).batch(list(range(shapes['rows']))), shapes['prompt']
+    ids = batch['input_ids']
+    labels = torch.where(batch['loss_mask'], ids, -100)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, prompts=ids[:, :prompt],
+                prompt_attention_mask=torch.ones_like(ids[:, :prompt]))
+
+
+def gkd(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
+    "trl.experimental.gkd.GKDTrainer."
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    student, inputs, shapes = open_model(folder, 'student'), collated(folder), read_json(folder/'shapes.json')
+    settings = trl_settings(GKDConfig, precision, shapes['rows'], lmbda=float(on_policy), max_new_tokens=shapes['answer'])
+    if not on_policy: settings.lmbda = -1.0  # its `random() <= 0` could be true
+    trainer = GKDTrainer(student.model, open_model(folder, 'teacher').model, settings, lambda rows: rows,
+                         Dataset.from_dict(dict(input_ids=inputs['input_ids'].tolist())), processing_class=student.tokenizer)
+    trainer.generation_config.eos_token_id = None
+    return trl_step(trainer, inputs, (inputs['labels'] != -100).sum())
+
+
+def gold(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
+    "trl.experimental.gold.GOLDTrainer, student and teacher having the same tokenizer."
+    from datasets import Dataset
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+    student, inputs, shapes = open_model(folder, 'student'), collated(folder), read_json(folder/'shapes.json')
+    settings = trl_settings(GOLDConfig, precision, shapes['rows'], lmbda=0.0, max_completion_length=shapes['answer'], use_vllm=False,
+                            use_uld_loss=False)
+    settings.lmbda = -1.0
+    trainer = GOLDTrainer(student.model, open_model(folder, 'teacher').model, settings, lambda rows: rows,
+                          Dataset.from_dict(dict(input_ids=inputs['input_ids'].tolist())), processing_class=student.tokenizer)
+    return trl_step(trainer, inputs, (inputs['labels'] != -100).sum())
+
+
+def distillation(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
+    "trl.DistillationTrainer, which is always on-policy."
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+    student, inputs, shapes = open_model(folder, 'student'), collated(folder), read_json(folder/'shapes.json')
+    settings = trl_settings(DistillationConfig, precision, shapes['rows'], max_completion_length=shapes['answer'], use_vllm=False)
+    prompts = [dict(prompt=str(number)) for number in range(shapes['rows'])]
+    trainer = DistillationTrainer(model=student.model, teacher_model=open_model(folder, 'teacher').model, args=settings,
+                                  train_dataset=Dataset.from_list(prompts), processing_class=student.tokenizer)
+    trainer._tokenize_prompts = lambda texts: (inputs['prompts'].tolist(), None, {})  # the same questions, already as tokens
+    trainer.generation_config.eos_token_id, trainer.eos_token_ids = None, [-1]        # nothing ends an answer
+    return trl_step(trainer, prompts, None)
+
+
+TRL = dict(gkd=gkd, gold=gold, distillation=distillation)
+
+
+# --- ours, and the contest
+
+def our_batch(folder: Path, student: LanguageModel, on_policy: bool) -> Callable[[], dict[str, torch.Tensor]]:
+    "The batch that everybody gets, or one whose answers the student has just written to the same questions."
+    shapes = read_json(folder/'shapes.json')
+    rows, prompt, answer = list(range(shapes['rows'])), shapes['prompt'], shapes['answer']
+    given = conversations(folder).batch(rows)
+    if not on_policy: return lambda: given
+    questions, chance = given['input_ids'][:, :prompt], torch.Generator().manual_seed(0)
+    def written() -> dict[str, torch.Tensor]:
+        ids = sample(student.model, questions, torch.ones_like(questions), answer, generator=chance)
+        return pack(ids.tolist(), prompt + answer, [[0]*prompt + [1]*answer]*len(rows)).batch(rows)
+    return written
+
+
+def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'no', on_policy: bool = False) -> dict:
+    """Steps of the contestants in turn, the order of TRL's changing from round to round: median 'seconds' of each and every 'loss'.
+
+    The 'MiB' is the peak over what there was before the first step, and says something when only one contestant is named.
+    """
+    others = {name: TRL[name](folder, precision, on_policy) for name in names if name != 'ours'}
+    seconds, losses, begun = {name: [] for name in names}, {name: [] for name in names}, [0.0]
+    def turns(step: int) -> None:
+        for name in list(others)[::1 if step % 2 else -1]:
+            start = time.perf_counter()
+            losses[name].append(others[name]())
+            seconds[name].append(time.perf_counter() - start)
+    if 'ours' not in names:
+        with Peak() as peak: [turns(step) for step in range(WARM + rounds)]
+        return summary(seconds, loss=losses, MiB=peak.MiB)
+    student, teacher = open_model(folder, 'student'), open_model(folder, 'teacher')
+    next_batch, loss = our_batch(folder, student, on_policy), distil_loss(LiveTeacher(teacher), 'jsd', beta=0.5, scaled=False)
+    def batch_at(step: int) -> dict[str, torch.Tensor]:  # between two of our steps everybody else has a turn
+        if step: seconds['ours'].append(time.perf_counter() - begun[0])
+        turns(step)
+        begun[0] = time.perf_counter()
+        return next_batch()
+    with Peak() as peak:
+        history = fit(student.model, batch_at, loss, WARM + rounds, learning_rate=0.0, precision=precision, description='ours')
+    seconds['ours'].append(time.perf_counter() - begun[0])
+    losses['ours'] = [row['loss'] for row in history]
+    return summary(seconds, loss=losses, MiB=peak.MiB)
+
+
+# --- the loss alone
+
+def naive_loss(states: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor, kind: str) -> torch.Tensor:
+    "A divergence as one would write it down: all logits of both, a softmax of each, and what autograd makes of it."
+    student, said = F.linear(states, head).log_softmax(-1), F.linear(teacher, teacher_head).log_softmax(-1)
+    if kind == 'forward_kl': return F.kl_div(student, said, log_target=True, reduction='sum')/len(states)
+    middle = torch.logsumexp(torch.stack([student, said]), 0) - np.log(2)
+    return 0.5*sum(F.kl_div(middle, one, log_target=True, reduction='sum') for one in (said, student))/len(states)
+
+
+def loss_alone(folder: Path, ways: list[str], kind: str, vocabulary: int, tokens: int, width: int = 256, rounds: int = 5) -> dict:
+    "A loss and its gradients from states of width `width` and twice that, the 'naive' and our 'chunked' way in turn; see `contest`."
+    draw = torch.Generator().manual_seed(0)
+    states, head = (torch.randn(n, width, generator=draw, requires_grad=True) for n in (tokens, vocabulary))
+    teacher, teacher_head = (torch.randn(n, 2*width, generator=draw) for n in (tokens, vocabulary))
+    with torch.no_grad(): [tensor.mul_(2*tensor.shape[-1]**-0.25) for tensor in (states, head, teacher, teacher_head)]
+    options, everything = dict(scaled=False) if kind == 'jsd' else {}, torch.ones(tokens, dtype=torch.bool)
+    calls = dict(naive=lambda: naive_loss(states, head, teacher, teacher_head, kind),
+                 chunked=lambda: chunked_loss(states, head, teacher, teacher_head, everything, kind, **options))
+    seconds, losses = {way: [] for way in ways}, {way: [] for way in ways}
+    with Peak() as peak:
+        for number in range(WARM + rounds if len(ways) > 1 else 1):
+            for way in ways[::1 if number % 2 else -1]:
+                states.grad = head.grad = None
+                start = time.perf_counter()
+                (loss := calls[way]()).backward()
+                seconds[way].append(time.perf_counter() - start)
+                losses[way].append(loss.item())
+                del loss
+    return summary(seconds, loss=losses, MiB=peak.MiB)
+
+
+# --- a cache
+
+def cache(folder: Path, rounds: int = 5, batches: int = 4, k: int = 16) -> dict:
+    "Epochs of `batches` steps with a live teacher and with its answers on disk, in turn; building these; and reading them alone."
+    student, teacher, packed = open_model(folder, 'student'), LiveTeacher(open_model(folder, 'teacher')), conversations(folder, batches)
+    place, rows = addresses(packed), len(packed)//batches
+    def batch_at(step: int) -> dict[str, torch.Tensor]:
+        chosen = list(range(step*rows, (step + 1)*rows))
+        return packed.batch(chosen) | dict(address=place(chosen))
+    def epoch(source: object) -> float:
+        history = fit(student.model, batch_at, distil_loss(source), batches, learning_rate=0.0, precision='no', description='epoch')
+        return sum(row['distil'] for row in history)/batches
+    seconds, losses = dict(live=[], cached=[], build=[]), dict(live=[], cached=[])
+    for _ in range(1 + rounds):
+        with tempfile.TemporaryDirectory() as where:
+            start = time.perf_counter()
+            kept = build_cache(where, teacher, packed, k)
+            seconds['build'].append(time.perf_counter() - start)
+            for name, source in (('cached', kept), ('live', teacher)):
+                start = time.perf_counter()
+                losses[name].append(epoch(source))
+                seconds[name].append(time.perf_counter() - start)
+            places = np.random.default_rng(0).integers(kept.ends[-1], size=(400, 256))
+            start = time.perf_counter()
+            for some in places: kept.read(some)
+            read = places.size/(time.perf_counter() - start)
+            about = kept.report()
+    done = summary(seconds, loss=losses, read=read, bytes=about['bytes_per_target'])
+    return done | dict(used=about['targets']/done['seconds']['cached'])
+
+
+# --- against the machine
+
+def product_rate(size: int = 2048, dtype: torch.dtype = torch.float32, device: str = 'cpu', rounds: int = 9) -> float:
+    "Operations a second of a product of two square matrices: the median over `rounds`."
+    one, other, times = torch.randn(size, size, dtype=dtype, device=device), torch.randn(size, size, dtype=dtype, device=device), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        one @ other
+        times.append(time.perf_counter() - start)
+    return 2*size**3/statistics.median(times)
+
+
+def forward_operations(config: object, rows: int, length: int, predicted: int) -> float:
+    """Operations of matrix products in a forward pass of a Llama model over `rows` rows, `predicted` of their tokens through the head.
+
+    Attention counts as half of its square, what is masked as nothing; embeddings, norms and softmax count as nothing.
+    """
+    wide, inner, tokens = config.hidden_size, config.intermediate_size, rows*length
+    shared = config.num_key_value_heads/config.num_attention_heads
+    layer = 2*tokens*((2 + 2*shared)*wide**2 + 3*wide*inner) + 2*tokens*length*wide
+    return config.num_hidden_layers*layer + 2*predicted*wide*config.vocab_size
+
+
+def use(folder: Path, rounds: int = 5) -> dict:
+    "Steps in float32 as a share of the rate of matrix products, which is measured before and after: of a language model, of distillation."
+    shapes = read_json(folder/'shapes.json')
+    rows, length = shapes['rows'], shapes['prompt'] + shapes['answer']
+    packed = conversations(folder)
+    batch, whole = packed.batch(list(range(rows))), pack(packed.tokens, length).batch(list(range(rows)))
+    size = 2048 if shapes['vocabulary'] > 1000 else 256
+    rates, shares, seconds = [product_rate(size)], {}, {}
+    teacher = open_model(folder, 'teacher')
+    def losses(model, batch): return dict(loss=lm_loss(model, batch))
+    cases = {'language modelling, large': ('large', losses, whole), 'language modelling, teacher': ('teacher', losses, whole),
+             'distillation, large from teacher': ('large', distil_loss(LiveTeacher(teacher), 'jsd'), batch)}
+    for case, (name, loss, data) in cases.items():
+        lm, marks = open_model(folder, name), []
+        def batch_at(step: int, data: dict = data, marks: list = marks) -> dict[str, torch.Tensor]:
+            marks.append(time.perf_counter())
+            return data
+        fit(lm.model, batch_at, loss, WARM + rounds, learning_rate=0.0, precision='no', description=case)
+        marks.append(time.perf_counter())
+        done = 3*forward_operations(lm.model.config, rows, length, int(data['count']))
+        if 'distil' in case: done += forward_operations(teacher.model.config, rows, length, int(data['count']))
+        seconds[case] = np.diff(marks).tolist()
+        shares[case] = done/statistics.median(seconds[case][WARM:])
+        rates.append(product_rate(size))
+    rate = statistics.median(rates)
+    return summary(seconds, rate=rate, share={case: value/rate for case, value in shares.items()})
+
+
+def main(what: str, folder: str, settings: str = '{}') -> None:
+    "Run one of the functions and print what it returns."
+    warnings.simplefilter('ignore')
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    known = dict(prepare=prepare, contest=contest, loss_alone=loss_alone, cache=cache, use=use)
+    print(json.dumps(known[what](Path(folder), **json.loads(settings))))
+
+
+if __name__ == '__main__': main(*sys.argv[1:])

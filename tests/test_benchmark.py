@@ -1,0 +1,148 @@
+"""What the benchmark notebook and the GPU script measure, at toy size: the work is the same for all, the counts are right, they run."""
+import importlib.util
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scilm_adapt.models import hidden_states, logits_of, mixed_precision
+
+FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER/f'{name}.py')
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+steps, gpu = module('steps'), module('gpu')
+needs_trl = pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed')
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory) -> Path:
+    steps.prepare(folder := tmp_path_factory.mktemp('models'), small=True)
+    return folder
+
+
+def asked(what: str, folder: Path, **settings) -> dict:
+    "As the notebook asks: in a process of its own."
+    done = subprocess.run([sys.executable, FOLDER/'steps.py', what, folder, json.dumps(settings)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_trl
+def test_all_contestants_have_the_same_loss_in_every_round(models):
+    found = steps.contest(models, ['ours', 'gkd', 'gold'], rounds=1)
+    for name in ('ours', 'gkd', 'gold'):
+        assert found['loss'][name] == pytest.approx([found['loss']['ours'][0]]*(1 + steps.WARM), rel=1e-5) and found['seconds'][name] > 0
+
+
+@needs_trl
+def test_on_policy_everybody_writes_answers_of_full_length(models):
+    found = steps.contest(models, ['ours', 'gkd', 'distillation'], rounds=1, on_policy=True)
+    for losses in found['loss'].values():
+        assert len(set(losses)) > 1                                     # other answers every time
+        assert losses == pytest.approx([found['loss']['ours'][0]]*len(losses), rel=0.3)
+    student = steps.open_model(models, 'student')
+    batch = steps.our_batch(models, student, True)()
+    assert batch['input_ids'].shape == (4, 16) and int(batch['count']) == 4*8
+    assert torch.equal(batch['input_ids'][:, :8], steps.conversations(models).batch([0, 1, 2, 3])['input_ids'][:, :8])
+
+
+def test_ours_runs_without_trl(models):
+    found = steps.contest(models, ['ours'], rounds=1)
+    assert found['seconds']['ours'] > 0 and found['MiB'] >= 0 and len(found['rounds']['ours']) == 1 + steps.WARM
+
+
+@pytest.mark.parametrize('kind', ['jsd', 'forward_kl'])
+def test_the_naive_loss_is_the_same_as_the_chunked_one(models, kind):
+    found = steps.loss_alone(models, ['naive', 'chunked'], kind, vocabulary=300, tokens=50, width=16, rounds=1)
+    assert found['loss']['chunked'] == pytest.approx(found['loss']['naive'], rel=1e-5)
+
+
+def test_the_peak_is_that_of_the_block_and_not_of_before():
+    torch.ones(2**26)                                                   # 256 MiB, given back
+    with steps.Peak() as peak: torch.ones(2**24)                        # 64 MiB
+    assert 60 < peak.MiB < 110
+
+
+def test_cached_and_live_epochs_compare_the_same_words(models):
+    found = steps.cache(models, rounds=1, batches=2, k=64)
+    assert found['bytes'] == 64*2 + 2 and found['read'] > found['used'] > 0
+    assert found['loss']['cached'][0] == pytest.approx(found['loss']['live'][0], rel=0.5)
+
+
+@pytest.mark.parametrize('name', ['student', 'teacher', 'large'])
+def test_operations_are_those_that_torch_counts(models, name):
+    lm, ids = steps.open_model(models, name), torch.randint(400, (4, 16))
+    batch = dict(input_ids=ids, position_ids=torch.arange(16).expand(4, 16))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: logits_of(lm.model, hidden_states(lm.model, batch)[:, 8:])
+    attention = lm.model.config.num_hidden_layers*2*4*16*16*lm.model.config.hidden_size  # not among what is counted here on a processor
+    for of in (steps.forward_operations, gpu.operations):
+        assert of(lm.model.config, 4, 16, 32) - attention == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_shares_of_the_machine_are_shares(models):
+    found = asked('use', models, rounds=1)
+    assert len(found['share']) == 3 and all(0 < share < 2 for share in found['share'].values()) and found['rate'] > 1e8
+
+
+def test_the_gpu_script_runs_small_without_what_a_gpu_machine_lacks(tmp_path):
+    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'tabulate', 'matplotlib']
+    program = (f'import sys, runpy\nfor name in {blocked!r}: sys.modules[name] = None\nsys.argv = ["gpu.py", {str(tmp_path/"r.json")!r}, '
+               f'"--small", "--rounds", "1"]\nrunpy.run_path({str(FOLDER/"gpu.py")!r}, run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path/'r.json').read_text())
+    assert {'date', 'hardware', 'versions', 'rate', 'ways', 'shapes'} <= result.keys()
+    assert result['ways'].keys() == {'naive', 'ours', 'cached'}
+    assert result['ways']['ours']['loss'] == pytest.approx(result['ways']['naive']['loss'], rel=0.02)  # 16-bit products
+    assert all(row['tokens_per_second'] > 0 and row['share'] > 0 for row in result['ways'].values())
+
+
+@needs_trl
+def test_in_the_gpu_script_trl_computes_the_same_loss():
+    shapes = gpu.SMALL
+    student, teacher = (gpu.model(shapes[name], shapes['vocabulary'], 32, 'cpu', torch.float32, seed)
+                        for seed, name in enumerate(('student', 'teacher')))
+    losses = gpu.ways(student.train(), teacher.eval(), gpu.tokens(shapes, 'cpu'))
+    values = {name: losses[name]().item() for name in ('naive', 'ours', 'trl')}
+    assert values == pytest.approx(dict.fromkeys(values, values['naive']), rel=1e-4)
+
+
+@needs_trl
+@pytest.mark.slow
+def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
+    "Its cells on distillation, with `ask` calling the functions here: processes of their own would take minutes."
+    notebook = json.loads((FOLDER.parent/'benchmark.ipynb').read_text(encoding='utf-8'))
+    sources = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+    begin = next(n for n, source in enumerate(sources) if source.startswith('steps = '))
+    scope = dict(rounds=1, small=True, work=tmp_path)
+    imports = next(source for source in sources if source.startswith('import gzip'))
+    exec(imports, scope)
+    body, _, last = sources[begin].rpartition('\n\n\n')
+    exec(body, scope)
+    assert scope['ask']('prepare', small=True)['student'] == 36512      # the real one, once
+    known = {}                                                          # tuned or not is the same here, and measured once
+    def ask(what: str, tuned: bool = False, **settings) -> dict:
+        if (key := json.dumps([what, settings])) not in known: known[key] = getattr(steps, what)(tmp_path/'models', **settings)
+        return known[key]
+    scope['ask'] = ask
+    for source in [last, *sources[begin + 1:-1]]: exec(source, scope)
+    printed = capsys.readouterr().out
+    for goal in ("gkd's time / ours, default malloc", "gold's time / ours, tuned malloc", "distillation's time / ours, default malloc",
+                 "our memory / gkd's, tuned malloc", 'jsd, 152,000 words: our memory / naive', 'forward_kl, 32,000 words: our time / naive',
+                 'live / cached epoch', 'three live / building and three cached', 'tokens read / tokens used',
+                 'distillation, large from teacher'):
+        line = next(line for line in printed.splitlines() if goal in line)
+        assert line.rstrip().endswith('reached')
+    assert printed.count('reached') == (30 if mixed_precision(torch.device('cpu')) == 'bf16' else 26)
