@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .alignment import AlignedTeacher
 from .divergence import REFUSED, Head, dense_loss, head_of, sparse_kinds, sparse_loss
 from .endpoint import Endpoint
 from .guards import watch
@@ -30,7 +29,8 @@ from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_
 from .remote import remote_targets
 from .rollouts import OnPolicy, Replay, contrast_weight, on_policy_batches
 from .runs import InputError, Run, content_hash, say, stage, write_json
-from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash, open_cache
+from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
+                                 open_cache)
 from .tokens import USEFUL, Packed, batch_rows, encode_chat, pack, store_tokens, tokenizer_hash
 from .training import fit, keep_history, lora, target_states
 
@@ -143,7 +143,7 @@ class Recipe:
     reference_weight: Weight = 0.0     # of the distance from the stage 1 model on these papers
     retention_rows: int | None = None  # rows of papers a step (None: as many as of conversations)
     authors: tuple[str, ...] = ('paper', 'teacher')  # whose answers are learnt
-    shift: float = 0.0                 # alpha of the shift towards what stage 1 changed
+    shift: Weight = 0.0                # alpha of the shift towards what stage 1 changed
     cache: int = 0                     # words of the teacher kept a token, asked once; 0 asks it at every step
     rest_weight: float = 0.0           # of words that only one of two tokenizers has, see `alignment.AlignedTeacher`
     on_policy: OnPolicy | None = None  # answers that the student writes itself
@@ -166,7 +166,8 @@ def check_recipe(recipe: Recipe, pupil: LanguageModel, teacher: LanguageModel | 
         raise InputError('There is no teacher to learn a distribution from; give one, or set distil_weight to 0 to learn its answers only.')
     for name in ('rank', 'watch', 'warm_up'):
         if (getattr(recipe, name) or 0) < 0: raise InputError(f'{name} is {getattr(recipe, name)}; give a positive number, or 0 for none.')
-    if not math.isfinite(recipe.shift): raise InputError(f'shift is {recipe.shift}; give a finite number, such as 0.5 (0 shifts nothing).')
+    if not all(map(math.isfinite, (weight_at(recipe.shift, step, 2) for step in (0, 1)))):
+        raise InputError(f'shift is {recipe.shift}; give a finite number, such as 0.5 (0 shifts nothing), or a pair.')
     if not recipe.authors or not {'paper', 'teacher'}.issuperset(recipe.authors):
         raise InputError(f"The authors of answers are '{' '.join(recipe.authors)}'; name paper, teacher, or both.")
     if recipe.shift and base is None:
@@ -198,7 +199,8 @@ def check_recipe(recipe: Recipe, pupil: LanguageModel, teacher: LanguageModel | 
 def chosen(recipe: Recipe, pupil: LanguageModel, teacher: LanguageModel, base: LanguageModel | None, chats: list[dict]) -> Teacher:
     "The teacher that `train` asks; InputError for a cache of more words than it has."
     if differ(pupil, teacher): return AlignedTeacher(teacher, pupil.tokenizer, chats, recipe.rest_weight)
-    guide = ShiftedTeacher(LiveTeacher(teacher), pupil, base, recipe.shift) if recipe.shift else LiveTeacher(teacher)
+    alpha = (lambda step: weight_at(recipe.shift, step, recipe.steps)) if isinstance(recipe.shift, (tuple, list)) else recipe.shift
+    guide = ShiftedTeacher(LiveTeacher(teacher), pupil, base, alpha) if recipe.shift else LiveTeacher(teacher)
     if not 0 <= recipe.cache <= guide.rows:
         raise InputError(f'cache is {recipe.cache:,}; give the number of words to keep a token, at most the {guide.rows:,} that the '
                          f'teacher tells apart, or 0 to ask it at every step.')

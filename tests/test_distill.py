@@ -262,6 +262,14 @@ def test_a_shift_changes_what_is_learnt_and_is_part_of_the_key(student, teacher,
     assert weights_hash(train(run, student, teacher, **data, **SETTINGS, base=base).model) == plain         # no shift, no base
 
 
+def test_a_shift_may_change_along_the_training(student, teacher, data, tmp_path):
+    base = build(TOKENIZER, hidden=32, layers=1, context=128, name='base', seed=7)
+    def weights(name, shift, **changes):
+        return weights_hash(train(Run(tmp_path/name), student, teacher, base=base, **data, **SETTINGS | changes, shift=shift).model)
+    assert weights('a', (0.5, 0.5)) == weights('b', 0.5) != weights('c', (0.0, 1.0))
+    with pytest.raises(InputError, match='alpha changes from step to step'): weights('d', (0.0, 1.0), cache=4)
+
+
 def test_the_student_itself_as_base_shifts_nothing(student, teacher, data, tmp_path):
     live, shifted = (train(Run(tmp_path/name), student, teacher, **data, **SETTINGS, **more).model for name, more in (
         ('live', {}), ('shifted', dict(shift=0.7, base=student))))

@@ -463,3 +463,9 @@ def test_a_broken_teacher_is_not_written_down(teacher, tmp_path):
     with pytest.raises(FloatingPointError, match="'wreck'"):
         build_cache(tmp_path/'cache', LiveTeacher(LanguageModel(model, TOKENIZER, 'wreck')), PACKED)
     assert not list((tmp_path/'cache').iterdir())
+
+
+def test_all_kinds_of_teacher_are_found_in_one_place():
+    from scilm_adapt import alignment, teacher
+    assert teacher.AlignedTeacher is alignment.AlignedTeacher
+    for kind in (teacher.LiveTeacher, teacher.CachedTeacher, teacher.ShiftedTeacher, teacher.AlignedTeacher): assert callable(kind.loss)
