@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sysconfig
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -110,8 +111,14 @@ def docs_records(module: str, path: str) -> list[dict]:
 
 # %% ../nbs/02_installed.ipynb #a90b8c37
 def cache_folder() -> Path:
-    "Where things that can be made again are kept between runs: $XDG_CACHE_HOME/scilm_adapt or ~/.cache/scilm_adapt."
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'scilm_adapt'
+    """Where things that can be made again are kept between runs: $XDG_CACHE_HOME/scilm_adapt or ~/.cache/scilm_adapt.
+
+    Where no such folder can be made, as for some users of a cluster, it is one for temporary files.
+    """
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'scilm_adapt'
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError: folder = Path(tempfile.gettempdir())/'scilm_adapt'
+    return folder
 
 
 def harvest_docs(packages: tuple[str, ...], seen: set[int], workers: int = 2) -> list[dict]:

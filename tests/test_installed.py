@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from scilm_adapt.duplicates import fingerprint
-from scilm_adapt.installed import docs_record, docstrings, installed_docs, paragraphs
+from scilm_adapt.installed import cache_folder, docs_record, docstrings, installed_docs, paragraphs
 from scilm_adapt.papers import split
 
 
@@ -70,3 +70,11 @@ def test_prose_is_kept_and_code_is_not(docstring, wanted):
 def test_markup_is_read_as_plain_words():
     found = paragraphs('See :func:`numpy.fft.fft <fft>` and ``x``, `the guide <http://a.b>`_ and **more** [1]_.')
     assert found == ['See numpy.fft.fft and x, the guide and more.']
+
+
+def test_a_home_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path/'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
+    assert cache_folder().name == 'scilm_adapt' and tmp_path/'file' not in cache_folder().parents
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'there'))
+    assert cache_folder() == tmp_path/'there'/'scilm_adapt' and cache_folder().is_dir()

@@ -93,6 +93,27 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     assert json.loads((tmp_path/'mine'/'metrics.json').read_text()) == metrics  # what was there is still there
 
 
+def test_the_notebook_takes_models_with_different_tokenizers_and_other_ways_to_learn(texts, tmp_path):
+    words = [json.loads(line)['abstract'] for line in texts['papers'].read_text().splitlines()]
+    student, teacher = models.tiny(words, 'gpt2', size=350, hidden=32, context=256), models.tiny(words, 'llama', hidden=48, context=256)
+    student.tokenizer.chat_template = None
+    for lm, name in ((student, 'student'), (teacher, 'teacher')): models.save(lm, tmp_path/name)
+    preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), watch=2, context=160,
+                  general=str(texts['tales']), batch_size=4, contrast_steps=2, distil_steps=2, conversations=40, teacher_answers=0,
+                  reference_weight=0.2, documents=8, questions=4)
+    (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
+    command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-o', 'mine']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'repaired: the student now has a plain chat template' in done.stdout and 'byte by byte' in done.stdout
+    assert 'The tokenizers differ, so the teacher cannot be shifted' in done.stdout
+    history = json.loads((tmp_path/'mine'/'models'/'distilled'/'history.json').read_text())
+    assert {'distil', 'answers', 'retention', 'reference', 'watch_kl'} <= history[-1].keys()
+
+    wrong = subprocess.run([*command, '-p', 'on_policy', '0.5'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2 and 'on_policy cannot bridge' in wrong.stderr and 'Traceback' not in wrong.stderr
+
+
 @pytest.mark.parametrize(('name', 'parameters', 'said'), [
     ('corpus', dict(sample=50), 'records with a title repeat another one'),
     ('benchmark', dict(vocabulary=400, context=64, repeats=2), 'of the places hold text')])
