@@ -100,12 +100,12 @@ def measure(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, docu
             found[name]['nats'][model], found[name]['bytes'] = nats.tolist(), sizes.tolist()
         nats, sizes = answer_bits(lm, asked, context, f'{model}: reference answers')
         found['answers']['nats'][model], found['answers']['bytes'] = nats.tolist(), sizes.tolist()
-        found['answered'][model] = generations(lm, asked, max_new_tokens, description=f'{model}: answering')
         for name in (*records, 'answers'):
             for identity, value in zip(found[name]['ids'], found[name]['nats'][model]):
                 if math.isfinite(value): continue
                 raise FloatingPointError(f'{model}: the likelihood of {name} text {identity} is {value}; the model is broken, '
                                          f'look at its training.')
+        found['answered'][model] = generations(lm, asked, max_new_tokens, description=f'{model}: answering')
     return found
 
 # %% ../nbs/24_evaluate.ipynb #f5eeb2f4
