@@ -5,9 +5,9 @@ import math
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
+from world import WORDS, changed, conversation, sentence
 
 from scilm_adapt.distill import (
     batch_maker,
@@ -27,20 +27,6 @@ from scilm_adapt.runs import InputError, Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
 from scilm_adapt.training import lm_loss, micro_batches, target_states
-
-WORDS = 'heat light salt iron wave cold warm slow metal field flow air'.split()
-
-
-def sentence(seed: int, words: int) -> str:
-    chosen = np.random.default_rng(seed).choice(WORDS, words)
-    return ' '.join(chosen).capitalize() + '.'
-
-
-def conversation(number: int) -> dict:
-    answer = sentence(number + 1000, 3 + number % 5)
-    messages = [dict(role='user', content=sentence(number, 4 + number % 3)), dict(role='assistant', content=answer)]
-    return dict(paper_id=str(number), kind='explanation', messages=messages, reference=answer, author='paper')
-
 
 PAPERS = [dict(id=str(n), title=sentence(n + 2000, 3), text=sentence(n + 3000, 12)) for n in range(40)]
 TOKENIZER = train_tokenizer([document(paper) for paper in PAPERS], 400)
@@ -69,12 +55,6 @@ SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2)  # with w
 def batch_of(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, rows: int = 4) -> dict:
     science = pack([encode_document(TOKENIZER, document(paper)) for paper in papers], context)
     return batch_maker(pack_chats(TOKENIZER, chats, context), science, rows, rows - 1, seed=0)(0)
-
-
-def changed(lm: LanguageModel, **changes) -> LanguageModel:
-    lm = replace(lm, tokenizer=copy.deepcopy(lm.tokenizer))
-    for name, value in changes.items(): setattr(lm.tokenizer, name, value)
-    return lm
 
 
 # --- the teacher

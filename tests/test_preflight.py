@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import normalizers
+from world import changed, conversation, sentence
 
 from scilm_adapt.alignment import PLAIN, AlignedTeacher, common_tokens
 from scilm_adapt.generate import chat_prompt, respond, stop_ids
@@ -28,20 +29,6 @@ from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import encode_chat, train_tokenizer
 
 torch.set_num_threads(1)
-WORDS = 'heat light salt iron wave cold warm slow metal field flow air'.split()
-
-
-def sentence(seed: int, words: int) -> str:
-    chosen = np.random.default_rng(seed).choice(WORDS, words)
-    return ' '.join(chosen).capitalize() + '.'
-
-
-def conversation(number: int) -> dict:
-    answer = sentence(number + 1000, 3 + number % 5)
-    messages = [dict(role='user', content=sentence(number, 4 + number % 3)), dict(role='assistant', content=answer)]
-    return dict(paper_id=str(number), kind='explanation', messages=messages, reference=answer, author='paper')
-
-
 TOKENIZER = train_tokenizer([sentence(n, 12) for n in range(40)], 400)
 
 
@@ -57,12 +44,6 @@ def teacher() -> LanguageModel: return build(TOKENIZER, hidden=48, layers=2, con
 def stranger() -> LanguageModel:
     "A teacher with another tokenizer."
     return replace(tiny(['Quite other words in there.'], context=64, hidden=32), name='stranger')
-
-
-def changed(lm: LanguageModel, **changes) -> LanguageModel:
-    lm = replace(lm, tokenizer=copy.deepcopy(lm.tokenizer))
-    for name, value in changes.items(): setattr(lm.tokenizer, name, value)
-    return lm
 
 
 def reserving(lm: LanguageModel, word: str) -> LanguageModel:
