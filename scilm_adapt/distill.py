@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Weight', 'OWN', 'pack_chats', 'batch_maker', 'surprise', 'weight_at', 'named', 'distil_loss', 'Recipe', 'differ',
-           'check_recipe', 'chosen', 'written_down', 'as_pupil', 'short_of_ends', 'batches', 'learn', 'material',
-           'train']
+           'check_recipe', 'chosen', 'written_down', 'as_pupil', 'short_of_ends', 'batches', 'records_at', 'learn',
+           'material', 'train']
 
 # %% ../nbs/28_distill.ipynb #c2603733
 import copy
@@ -14,11 +14,13 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from .checkpoints import Checkpoints
 from .divergence import REFUSED, Head, dense_loss, head_of, sparse_kinds, sparse_loss
 from .endpoint import Endpoint
 from .guards import watch
@@ -27,7 +29,7 @@ from .models import LanguageModel, hidden_states, load, same_vocabulary, save, w
 from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
 from .remote import remote_targets
-from .rollouts import OnPolicy, Replay, contrast_weight, on_policy_batches
+from .rollouts import OnPolicy, Replay, contrast_weight, documents_in, fitting, on_policy_batches
 from .runs import InputError, Run, content_hash, say, stage, write_json
 from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
                                  open_cache)
@@ -210,15 +212,11 @@ def chosen(recipe: Recipe, pupil: LanguageModel, teacher: LanguageModel, base: L
 def written_down(run: Run, teacher: OpenTeacher, conversations: Packed, k: int, temperature: float, seed: int) -> Teacher:
     "What `teacher` says about the conversations as the stage 'targets': k words drawn a token. A build that was stopped goes on."
     settings = dict(k=k, temperature=temperature, seed=seed)
+    def make(folder: Path, scratch: Path) -> None:
+        build_cache(scratch, teacher, conversations, **settings)
+        for file in scratch.iterdir(): os.replace(file, folder/file.name)
     config = dict(**settings, data=data_hash(conversations), **teacher.fingerprint())
-    begun = run.folder/f'.targets-{content_hash(config)[:12]}'
-    def make(folder: Path) -> None:
-        for other in run.folder.glob('.targets-*'):
-            if other != begun: shutil.rmtree(other)
-        build_cache(begun, teacher, conversations, **settings)
-        for file in begun.iterdir(): os.replace(file, folder/file.name)
-        begun.rmdir()
-    folder = stage(run, 'targets', config, make)
+    folder = stage(run, 'targets', config, make, resumable=True)
     cache = open_cache(folder, conversations, **settings)
     about = cache.report()
     print(f"  targets: {about['targets']:,} tokens, {about['bytes']/2**20:.1f} MiB, {about['mass']:.0%} of its words", flush=True)
@@ -256,9 +254,22 @@ def batches(learner: LanguageModel, chats: list[dict], conversations: Packed, sc
     return batch_at
 
 
+def records_at(chats: list[dict], conversations: Packed, papers: list[dict], science: Packed | None, recipe: Recipe,
+               step: int) -> list[str]:
+    "The conversations, and the ids of the papers, that are learnt in a step, so that an error can name them."
+    def documents(rows: Packed, number: int) -> list[int]:
+        return sorted({*documents_in(rows, batch_rows(len(rows), number, step, recipe.seed))})
+    named = [f"{chats[n]['kind']} of {chats[n]['paper_id']}" for n in documents(conversations, recipe.batch_size)]
+    if science is None: return named
+    return named + [str(papers[n]['id']) for n in documents(science, recipe.retention_rows or recipe.batch_size)]
+
+
 def learn(student: LanguageModel, pupil: LanguageModel, guide: Teacher | None, chats: Chats, conversations: Packed, science: Packed | None,
-          recipe: Recipe, keep: Path) -> tuple[PreTrainedModel, list[dict]]:
-    "A copy of `student` trained by the recipe, and the history; the weights of the last good look at it are kept in the folder `keep`."
+          recipe: Recipe, keep: Path, scratch: Path, names: Callable[[int], list[str]]) -> tuple[PreTrainedModel, list[dict]]:
+    """A copy of `student` trained by the recipe, and the history.
+
+    The weights of the last good look at it are kept in the folder `keep`, the checkpoints in `scratch`; `names(step)` are the records.
+    """
     model = copy.deepcopy(student.model).float()  # small steps are lost in 16-bit weights
     model, merge = lora(model, recipe.rank, seed=recipe.seed) if recipe.rank else (model, lambda: model)
     learner, own, steps, seen = replace(pupil, model=model), recipe.on_policy, recipe.steps, {}
@@ -274,23 +285,26 @@ def learn(student: LanguageModel, pupil: LanguageModel, guide: Teacher | None, c
     loss = distil_loss(guide, recipe.kind, recipe.temperature, recipe.retention_weight, recipe.answer_weight, recipe.distil_weight,
                        recipe.reference_weight, LiveTeacher(student), own.contrast if own else 0.0, steps, warm_up, **options)
     batch_at = batches(learner, chats.train, conversations, science, recipe, warm_up, replay, seen)
+    state = {name: part for name, part in dict(replay=replay, watch=look).items() if part is not None}
     history = fit(model, batch_at, loss, steps, learning_rate=recipe.learning_rate, seed=recipe.seed, micro_batch=recipe.micro_batch,
-                  gradient_checkpointing=recipe.gradient_checkpointing, after=after, description='distil')
+                  gradient_checkpointing=recipe.gradient_checkpointing, after=after, checkpoints=Checkpoints(scratch), state=state,
+                  records_at=names, description='distil')
     return merge(), history
 
 # %% ../nbs/28_distill.ipynb #4a157e72
 def material(run: Run, pupil: LanguageModel, teacher: LanguageModel | Endpoint | None, base: LanguageModel | None, chats: list[dict],
-             recipe: Recipe) -> tuple[Packed, Teacher | None]:
-    "The conversations to learn, packed, and who judges the student on them (None: nobody)."
+             recipe: Recipe) -> tuple[list[dict], Packed, Teacher | None]:
+    "The conversations to learn, one for each document of the same packed, and who judges the student on them (None: nobody)."
     if isinstance(teacher, Endpoint) and recipe.distil_weight:
         folder = run.folder/f'.answers-{content_hash([teacher.url, teacher.model, recipe.cache, recipe.context])[:12]}'
         said = remote_targets(folder, teacher, pupil.tokenizer, chats, recipe.cache or 20, recipe.context)
-        return said.packed, said.cache
+        return said.chats, said.packed, said.cache
     conversations = pack_chats(pupil.tokenizer, chats, recipe.context)
-    if not recipe.distil_weight: return conversations, None
+    kept = fitting(pupil.tokenizer, chats, conversations)
+    if not recipe.distil_weight: return kept, conversations, None
     guide = chosen(recipe, pupil, teacher, base, chats)
     if recipe.cache: guide = written_down(run, guide, conversations, recipe.cache, recipe.temperature, recipe.seed)
-    return conversations, guide
+    return kept, conversations, guide
 
 
 def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | None, chats: Chats, corpus: Corpus, *,
@@ -300,32 +314,35 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
     `settings` are the fields of `Recipe`; `base` is the model that stage 1 began with, for a shift. A teacher on a server answers the
     questions itself, and its likeliest words are learnt; without a teacher (None) only words are. In the folder are also history.json,
     with the parts of the loss (nats per token), and advantage.json (see `teacher_advantage`). No model is changed. InputError for
-    what cannot work; FloatingPointError, with nothing kept, for a loss that is not a number; Collapse for a student whose answers went
-    to ruin, with the last good weights kept beside.
+    what cannot work; FloatingPointError, naming the step and its records, for bad numbers; Collapse for a student whose answers went to
+    ruin, with the last good weights kept beside. After a stop or a crash the same call goes on, and comes to the same weights.
     """
     recipe, local = Recipe(**settings), teacher if isinstance(teacher, LanguageModel) else None
     chats = replace(chats, train=[chat for chat in chats.train if chat['author'] in recipe.authors])
     pupil = as_pupil(student, local)
     say(f'distil: {recipe.steps} steps on conversations' + (', science papers in between' if recipe.retention_weight else ''))
     check_recipe(recipe, pupil, teacher, base)
-    def make(folder: Path) -> None:
+    def make(folder: Path, scratch: Path) -> None:
         preflight(pupil, local, chats.train[0]['messages'] if chats.train else EXAMPLE, recipe.context)
         asked = {'general text': mine_all(corpus.general['valid'], pupil.tokenizer, recipe.context, 150, recipe.seed),
                  'the papers': chats.valid[:150]}
         write_json(folder/'advantage.json', {about: teacher_advantage(pupil, local, questions, recipe.context, about=about)
                                              for about, questions in asked.items() if questions and local})
-        conversations, guide = material(run, pupil, teacher, base, chats.train, recipe)
-        science = None
+        kept, conversations, guide = material(run, pupil, teacher, base, chats.train, recipe)
+        science, papers = None, corpus.science['train']
         if recipe.retention_weight or recipe.reference_weight:
-            texts = map(document, corpus.science['train'])  # stage 1 made these tokens already, unless it was left out
+            texts = map(document, papers)  # stage 1 made these tokens already, unless it was left out
             science = pack(store_tokens(run, 'tokens', texts, pupil.tokenizer, [corpus.folder]), recipe.context, share=USEFUL)
-        model, history = learn(student, pupil, guide, chats, conversations, science, recipe, run.folder/'models'/'distilled-good')
+        names = partial(records_at, kept, conversations, papers, science, recipe)
+        model, history = learn(student, pupil, guide, chats, conversations, science, recipe, run.folder/'models'/'distilled-good', scratch,
+                               names)
         save(replace(pupil, model=model), folder)
         keep_history(folder, history)
     prints = {name: lm and weights_hash(lm.model) for name, lm in dict(student=student, teacher=local, base=base).items()}
     server = dict(server=[teacher.url, teacher.model]) if isinstance(teacher, Endpoint) else {}
     config = asdict(recipe) | prints | server | dict(tokenizer=tokenizer_hash(pupil.tokenizer))
     first = run.folder/'models'/'contrast'
-    folder = stage(run, 'models/distilled', config, make, [corpus.folder, chats.folder, *([first] if first.is_dir() else [])])
+    parents = [corpus.folder, chats.folder, *([first] if first.is_dir() else [])]
+    folder = stage(run, 'models/distilled', config, make, parents, resumable=True)
     shutil.rmtree(run.folder/'models'/'distilled-good', ignore_errors=True)  # what is finished needs no weights on the way
     return replace(load(folder, next(student.model.parameters()).device), name='distilled')

@@ -206,7 +206,8 @@ def common_rows(vocabulary: int | None, *rows: int) -> int:
 
 def chunk_size(size: int, device: torch.device) -> int:
     "Tokens to make logits of at once: few enough that these stay small (16 MiB, on a GPU 256), enough for fast matrix products."
-    return max(128, 2**22//size) if device.type == 'cpu' else max(256, 2**26//size)
+    # at a large vocabulary the head's gradient is the larger part anyway, and longer chunks pay
+    return max(128, 2**22//size, min(256, size//600)) if device.type == 'cpu' else max(256, 2**26//size)
 
 
 def mean_loss(total: torch.Tensor, rows: torch.Tensor, temperature: float, count: torch.Tensor | float | None) -> torch.Tensor:

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'PAIRS', 'TOPICS', 'VERDICTS', 'bits_per_byte', 'utf8_sizes', 'document_bits', 'answer_bits', 'generations',
-           'one_per_paper', 'material', 'measure', 'summarise', 'signed', 'finding', 'findings', 'compare']
+           'one_per_paper', 'material', 'recorded', 'finite_bits', 'measure', 'summarise', 'signed', 'finding',
+           'findings', 'compare']
 
 # %% ../nbs/29_evaluate.ipynb #fdb4cac2
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -85,27 +87,48 @@ def material(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, doc
     return records, asked
 
 
+def recorded(file: Path | None, make: Callable[[], object]) -> object:
+    "What `make()` gives, kept in `file` with its hash, so that a later call reads it there; None keeps nothing."
+    if file is None: return make()
+    try: found = read_json(file)
+    except FileNotFoundError: found = None
+    except (OSError, ValueError): found = {}
+    if isinstance(found, dict) and 'value' in found and content_hash(found['value']) == found.get('hash'): return found['value']
+    if found is not None: print(f'  {file.name} is not what was written; measured again', flush=True)
+    write_json(file, dict(value=(value := make()), hash=content_hash(value)))
+    return value
+
+
+def finite_bits(model: str, name: str, ids: list[str], bits: Callable[[], tuple[np.ndarray, np.ndarray]]) -> dict[str, list]:
+    "'nats' and 'bytes' of each text as `bits()` gives them; FloatingPointError, naming model and text, for what is no number."
+    nats, sizes = bits()
+    for identity, value in zip(ids, nats):
+        if math.isfinite(value): continue
+        raise FloatingPointError(f'{model}: the likelihood of {name} text {identity} is {value}; the model is broken, '
+                                 f'look at its training.')
+    return dict(nats=nats.tolist(), bytes=sizes.tolist())
+
+
 def measure(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, documents: int = 300, answers: int = 200,
-            max_new_tokens: int = 96, context: int = 512) -> dict:
+            max_new_tokens: int = 96, context: int = 512, scratch: Path | None = None) -> dict:
     """Raw numbers, JSON-able: for 'science', 'general' and 'answers' the 'ids', 'bytes' and each model's 'nats'; for each model
-    its 'params', its 'answered' questions (see `generations`), and nothing averaged."""
+    its 'params', its 'answered' questions (see `generations`), and nothing averaged. What is complete is kept in `scratch`, and a later
+    call goes on there."""
     records, asked = material(models, corpus, chats, documents, answers, max_new_tokens)
     context = min(context, *(lm.context for lm in models.values()))  # the same windows for all
     found = {name: dict(ids=[record['id'] for record in part], nats={}) for name, part in records.items()}
     found |= dict(answers=dict(ids=[chat['paper_id'] for chat in asked], nats={}), params={}, answered={})
     for model, lm in models.items():
+        def kept(name: str, make: Callable[[], object], model: str = model) -> object:
+            return recorded(scratch and scratch/f'{content_hash(model)[:12]}-{name}.json', make)
         found['params'][model] = parameter_count(lm.model)
-        for name, part in records.items():
-            nats, sizes = document_bits(lm, [document(record) for record in part], context, f'{model}: {name}')
-            found[name]['nats'][model], found[name]['bytes'] = nats.tolist(), sizes.tolist()
-        nats, sizes = answer_bits(lm, asked, context, f'{model}: reference answers')
-        found['answers']['nats'][model], found['answers']['bytes'] = nats.tolist(), sizes.tolist()
-        for name in (*records, 'answers'):
-            for identity, value in zip(found[name]['ids'], found[name]['nats'][model]):
-                if math.isfinite(value): continue
-                raise FloatingPointError(f'{model}: the likelihood of {name} text {identity} is {value}; the model is broken, '
-                                         f'look at its training.')
-        found['answered'][model] = generations(lm, asked, max_new_tokens, description=f'{model}: answering')
+        bits = {name: partial(document_bits, lm, [document(record) for record in part], context, f'{model}: {name}')
+                for name, part in records.items()}
+        bits |= dict(answers=partial(answer_bits, lm, asked, context, f'{model}: reference answers'))
+        for name, of_texts in bits.items():
+            about = kept(name, partial(finite_bits, model, name, found[name]['ids'], of_texts))
+            found[name]['nats'][model], found[name]['bytes'] = about['nats'], about['bytes']
+        found['answered'][model] = kept('answered', partial(generations, lm, asked, max_new_tokens, description=f'{model}: answering'))
     return found
 
 # %% ../nbs/29_evaluate.ipynb #f5eeb2f4
@@ -166,11 +189,11 @@ def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: C
     The result is that of `summarise`, with each model's first ten 'generations'. The raw numbers are kept in measured.json.
     """
     say(f"evaluation: {', '.join(models)} on science, general text, answers")
-    def build(folder: Path) -> None:
-        measured = measure(models, corpus, chats, documents, answers, max_new_tokens, context)
+    def build(folder: Path, scratch: Path) -> None:
+        measured = measure(models, corpus, chats, documents, answers, max_new_tokens, context, scratch)
         write_json(folder/'measured.json', measured)
         first = {model: answered[:10] for model, answered in measured['answered'].items()}
         write_json(folder/'evaluation.json', summarise(measured, seed) | dict(generations=first))
     prints = {name: content_hash([weights_hash(lm.model), lm.tokenizer.chat_template]) for name, lm in models.items()}
     config = dict(models=prints, documents=documents, answers=answers, max_new_tokens=max_new_tokens, context=context, seed=seed)
-    return read_json(stage(run, 'evaluation', config, build, parents=[corpus.folder, chats.folder])/'evaluation.json')
+    return read_json(stage(run, 'evaluation', config, build, [corpus.folder, chats.folder], resumable=True)/'evaluation.json')

@@ -91,8 +91,8 @@ def tally(result: dict) -> str:
             f"by chance alone if nothing had changed.")
 
 # %% ../nbs/30_report.ipynb #e61ff651
-PARTS = dict(loss='loss', lm='papers, next word (nats)', contrast='contrast (nats per pair)', distil='divergence from the teacher',
-             retention='papers, next word (nats)')
+PARTS = dict(loss='loss', lm='papers, next word (nats)', token='tokens of a text apart', contrast='contrast (nats per pair)',
+             preference='real against spoilt', distil='divergence from the teacher', retention='papers, next word (nats)')
 NOT_PARTS = {'step', 'learning_rate', 'grad_norm', 'tokens_per_second'}
 
 

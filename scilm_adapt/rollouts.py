@@ -106,14 +106,13 @@ class Replay:
         picks = rng('replay', seed, step).choice(len(self.rollouts), number, replace=number > len(self.rollouts))
         return [self.rollouts[n] for n in picks]
 
-    def state(self) -> dict:
-        "All of it as plain JSON."
+    def state_dict(self) -> dict:
+        "All of it as plain JSON, for a checkpoint."
         return asdict(self)
 
-    @staticmethod
-    def from_state(state: dict) -> 'Replay':
-        "What `state` described."
-        return Replay(**state | dict(rollouts=[Rollout(**rollout) for rollout in state['rollouts']]))
+    def load_state_dict(self, state: dict) -> None:
+        "Become what `state_dict` described."
+        vars(self).update(state | dict(rollouts=[Rollout(**rollout) for rollout in state['rollouts']]))
 
 
 def sources(documents: list[int], share: float, fresh: float, seed: int, step: int) -> list[str]:

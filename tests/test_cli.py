@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_from_disk
 
 from scilm_adapt import __version__, cli, running
-from scilm_adapt.runs import InputError
+from scilm_adapt.checkpoints import Checkpoints, Settings
+from scilm_adapt.runs import InputError, Run, stage, write_text
 
 PARAMETERS = "# Training\nsteps: int = 3  # optimiser steps\nrate: float = 0.1\nout_dir: str = 'outputs/run'  # results\n"
 DONE = "print('scilm: run complete')"
@@ -218,6 +220,44 @@ def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore
     assert statuses(small.parent/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending']
 
 
+SAVING = '''
+import os, sys, time
+from scilm_adapt.runs import Stopped, stop_gently
+with stop_gently() as wished:
+    print('pids', os.getpid(), flush=True)
+    while not wished: time.sleep(.05)
+    time.sleep(5)                                                     # longer than a cell that is not saving would get
+    print('saved', flush=True)
+    raise Stopped(wished[0])
+'''
+
+
+@pytest.mark.parametrize('impatient', [False, True])
+def test_an_interrupted_cell_may_finish_its_step_unless_somebody_is_impatient(notebook, impatient):
+    small = notebook(SAVING, DONE)
+    running = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
+    next(line for line in running.stdout if line.startswith('pids'))
+    start = time.monotonic()
+    running.send_signal(signal.SIGTERM)
+    time.sleep(.5)
+    if impatient: running.send_signal(signal.SIGINT)
+    out, _ = running.communicate(timeout=50)
+    assert running.returncode == 143 and ('saved' in out) == (not impatient)
+    assert (time.monotonic() - start < 5) == impatient and time.monotonic() - start < 20  # not the whole minute
+    assert statuses(small.parent/'out'/'run.failed.ipynb')[-2:] == ['failed', 'pending']
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_kernel_that_is_told_to_stop_stops_the_run(notebook, number, code):
+    small = notebook('import os, signal\nfrom scilm_adapt.runs import Stopped, stop_gently\nwith stop_gently() as wished:\n'
+                     f'    os.kill(os.getpid(), {int(number)})\n    raise Stopped(wished[0])', DONE)
+    done = subprocess.run([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True, capture_output=True,
+                          preexec_fn=listen)
+    assert done.returncode == code and f'scilm: stopped ({number.name}) in cell In [3] (Work)' in done.stderr, done.stderr
+    assert statuses(small.parent/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending']
+
+
 def test_output_streams_and_a_bar_is_stored_once(notebook):
     small = notebook('from scilm_adapt.runs import progress\nimport time\nprint("now", flush=True)\n'
                      'for _ in progress(range(25), "bar"): time.sleep(.1)\nprint(time.time())', DONE)
@@ -229,6 +269,54 @@ def test_output_streams_and_a_bar_is_stored_once(notebook):
     assert process.returncode == 0 and ended - seen > 1.5 and error.count(b'\rbar:') >= 2
     cell = running.code_cells(json.loads((small.parent/'out'/'run.ipynb').read_text()))[2]
     assert sum(''.join(output['text']).count('%|') for output in cell['outputs']) <= 1
+
+
+def small_run(folder: Path) -> Run:
+    "A run folder of three stages, one of which was begun and has a checkpoint."
+    run = Run(folder)
+    corpus = stage(run, 'corpus', {}, lambda folder: write_text(folder/'papers.jsonl', 'papers '*1000))
+    stage(run, 'models/contrast', {}, lambda folder: write_text(folder/'model.bin', 'weights '*1000), [corpus])
+    def begun(folder, scratch):
+        Checkpoints(scratch).save(3, dict(settings=Settings(dict(steps=5, weights=torch.ones(3)))))
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): stage(run, 'models/distilled', {}, begun, [corpus], resumable=True)
+    return run
+
+
+def test_status_shows_the_stages_and_what_became_of_them(tmp_path, capsys):
+    run = small_run(tmp_path/'run')
+    assert cli.main(['status', str(run.folder)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[1:]] == [['corpus', 'done'], ['models/contrast', 'done'], ['models/distilled', 'unfinished']]
+    assert lines[1][3:5] == ['6.8', 'KiB'] and re.fullmatch(r'\d{4}-\d\d-\d\d', lines[1][5])
+    stage(run, 'corpus', dict(other=True), lambda folder: write_text(folder/'papers.jsonl', 'other papers'))
+    assert cli.main(['status', str(run.folder)]) == 0
+    assert re.search(r'^models/contrast +stale .* corpus was made anew$', capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize('name', ['corpus/papers.jsonl', 'models/contrast/model.bin', 'corpus/manifest.json',
+                                  '.unfinished/models/distilled-*/step-00000003/rank-00000.safetensors'])
+def test_a_flipped_bit_is_found_and_its_file_named(tmp_path, capsys, name):
+    run = small_run(tmp_path/'run')
+    assert cli.main(['verify', str(run.folder)]) == 0
+    assert capsys.readouterr().out == '3 stages, 1 checkpoints: all as they were written\n'
+    file, = run.folder.glob(name)
+    whole, about = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert cli.main(['verify', str(run.folder)]) == 1
+    out, error = capsys.readouterr()
+    assert '1 damaged' in out and str(file.relative_to(run.folder)) in error and str(tmp_path) not in error
+    if name.startswith('.'): return
+    assert cli.main(['status', str(run.folder)]) == 0 and re.search(f"^{file.parent.relative_to(run.folder)} +broken .*{file.name} ",
+                                                                    capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize('command', ['status', 'verify'])
+@pytest.mark.parametrize('folder', ['missing', '.'])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, command, folder):
+    assert cli.main([command, str(tmp_path/folder)]) == 2
+    assert 'holds no stages of a run; give the folder of a run' in capsys.readouterr().err
 
 
 def test_odd_values_and_odd_presets(notebook, tmp_path):

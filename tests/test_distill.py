@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from world import WORDS, changed, conversation, sentence
 
+from scilm_adapt import distill
+from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.distill import (
     batch_maker,
     distil_loss,
@@ -193,7 +196,7 @@ def test_training_approaches_the_teacher(student, teacher, data, tmp_path):
     (dict(context=4096), 'set context to at most 128'), (dict(context=8), 'None of the 20 conversations fits')])
 def test_what_cannot_work_is_refused_and_leaves_nothing(student, teacher, data, tmp_path, changes, message):
     with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
-    assert [path for path in (tmp_path/'run').rglob('*') if path.is_file()] == []
+    assert [path for path in (tmp_path/'run').rglob('[!.]*') if path.is_file()] == []
 
 
 def test_a_teacher_without_template_and_no_conversations_are_refused(student, teacher, data, tmp_path):
@@ -265,7 +268,7 @@ def test_a_cache_is_a_stage_of_its_own_and_is_asked_once(student, teacher, data,
     assert 'targets: ' in capsys.readouterr().out and (run.folder/'targets'/'manifest.json').is_file()
     for one, other in zip(live, history_of(run)):  # the draws' noise; the surprise is 5.7
         assert other['distil'] == pytest.approx(one['distil'], abs=0.02)
-    assert not list(run.folder.glob('.targets*'))
+    assert not (run.folder/'.unfinished').exists()
 
     def never(*_): raise AssertionError('the teacher was asked again')
     monkeypatch.setattr(LiveTeacher, 'logits_at', never)
@@ -281,7 +284,7 @@ def test_a_cache_is_a_stage_of_its_own_and_is_asked_once(student, teacher, data,
 def test_a_shifted_teacher_is_cached_and_a_stopped_build_goes_on(student, teacher, data, tmp_path, monkeypatch):
     run, base = Run(tmp_path/'run'), build(TOKENIZER, hidden=32, layers=1, context=128, name='base', seed=5)
     settings = SETTINGS | dict(cache=8, shift=0.5, base=base)
-    (run.folder/'.targets-0123456789ab').mkdir()                                                             # of other settings
+    (run.folder/'.unfinished'/'targets-0123456789ab').mkdir(parents=True)                                    # of other settings
     monkeypatch.setattr('scilm_adapt.distill.build_cache', partial(build_cache, shard=20))
     real, calls = LiveTeacher.logits_at, []
     def stopping(self, batch, size):
@@ -290,26 +293,71 @@ def test_a_shifted_teacher_is_cached_and_a_stopped_build_goes_on(student, teache
         return real(self, batch, size)
     monkeypatch.setattr(LiveTeacher, 'logits_at', stopping)
     with pytest.raises(KeyboardInterrupt): train(run, student, teacher, **data, **settings)
-    begun, = run.folder.glob('.targets-*')
+    begun, = (run.folder/'.unfinished').glob('targets-*')
     kept = {file.name: file.stat().st_mtime_ns for file in begun.glob('*.bin')}
     assert kept and not (run.folder/'targets').exists() and not (run.folder/'models'/'distilled').exists()
     monkeypatch.setattr(LiveTeacher, 'logits_at', real)
     train(run, student, teacher, **data, **settings)
     made = {file.name: file.stat().st_mtime_ns for file in (run.folder/'targets').glob('*.bin')}
-    assert kept.items() < made.items() and not list(run.folder.glob('.targets-*'))
+    assert kept.items() < made.items() and not (run.folder/'.unfinished').exists()
 
 
-def test_a_damaged_cache_of_a_run_is_refused_with_a_way_out_that_works(student, teacher, data, tmp_path):
+def test_a_damaged_cache_of_a_run_is_named_and_made_anew(student, teacher, data, tmp_path, capsys):
     run = Run(tmp_path/'run')
     train(run, student, teacher, **data, **SETTINGS, cache=4)
     shard, = (run.folder/'targets').glob('*.bin')
     good = shard.read_bytes()
     shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    with pytest.raises(InputError, match='was changed; remove it and run again'):
-        train(run, student, teacher, **data, **SETTINGS | dict(steps=2), cache=4)
-    shard.unlink()
+    capsys.readouterr()
     train(run, student, teacher, **data, **SETTINGS | dict(steps=2), cache=4)
+    assert f'targets: targets/{shard.name} has other content than was written; made anew' in capsys.readouterr().out
     assert shard.read_bytes() == good
+
+
+class Killed(BaseException):
+    "Raised in place of a kill -9, of which the tests of faults have real ones."
+
+
+@pytest.mark.parametrize('way', [
+    {}, dict(on_policy=OnPolicy(max_new_tokens=6, replay=8), watch=3), dict(rank=4, watch=2, answer_weight=0.1), dict(cache=4, watch=0),
+    dict(kind='skew_kl', on_policy=OnPolicy(max_new_tokens=6, share=1.0, contrast=1.0), watch=0)], ids=lambda way: ' '.join(way) or 'plain')
+def test_a_training_that_was_stopped_comes_to_the_same_weights_and_history(student, teacher, data, tmp_path, way, monkeypatch):
+    settings, found = SETTINGS | dict(steps=9, micro_batch=2, learning_rate=1e-3) | way, {}
+    timeless = {'tokens_per_second', 'watch_seconds'}
+    def run_to_the_end(name):
+        run = Run(tmp_path/name)
+        found[name] = weights_hash(train(run, student, teacher, **data, **settings).model), [
+            {key: value for key, value in row.items() if key not in timeless} for row in history_of(run)]
+    run_to_the_end('whole')
+    monkeypatch.setattr('scilm_adapt.distill.Checkpoints', partial(Checkpoints, steps=2))
+    at, steps = [3, 4, 7], []
+    def dying(step, **kwargs):
+        steps.append(step)
+        if at and step == at[0]: raise Killed(at.pop(0))
+    real = distill.batches
+    def batches(*arguments):
+        batch_at = real(*arguments)
+        return lambda step: dying(step) or batch_at(step)
+    monkeypatch.setattr(distill, 'batches', batches)
+    for _ in range(3):
+        with pytest.raises(Killed): run_to_the_end('stopped')
+    run_to_the_end('stopped')
+    assert found['stopped'] == found['whole'] and steps == [0, 1, 2, 3, 2, 3, 4, 4, 5, 6, 7, 6, 7, 8]
+
+
+def test_bad_numbers_are_refused_with_the_records_of_their_step(student, teacher, data, tmp_path, monkeypatch):
+    real = distill.distil_loss
+    def spoilt(*arguments, **options):
+        loss = real(*arguments, **options)
+        return lambda model, batch: {name: value*(math.nan if int(batch['step']) == 1 else 1) for name, value in loss(model, batch).items()}
+    monkeypatch.setattr(distill, 'distil_loss', spoilt)
+    with pytest.raises(FloatingPointError, match=r'distil: step 1 gave a loss of nan.*its records: explanation of \d+, ') as told:
+        train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | dict(watch=0))
+    step = batch_maker(pack_chats(TOKENIZER, data['chats'].train, 64), None, 3, 0, 0)(1)['input_ids']
+    named = [int(n) for n in re.findall(r'explanation of (\d+)', str(told.value))]
+    texts = [TOKENIZER.decode(row) for row in step]
+    assert named and all(any(data['chats'].train[n]['reference'] in text for text in texts) for n in named)
+    assert not (tmp_path/'run'/'models'/'distilled').exists()
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
@@ -326,7 +374,7 @@ def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path,
     bases = dict(foreign=tiny(['Quite other words in there.']), same=student)
     changes = dict(teacher=teacher) | changes | (dict(base=bases[changes['base']]) if 'base' in changes else {})
     with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, **data, **SETTINGS | changes)
-    assert [path for path in (tmp_path/'run').rglob('*') if path.is_file()] == []
+    assert [path for path in (tmp_path/'run').rglob('[!.]*') if path.is_file()] == []
 
 # --- weights, own answers, other teachers
 

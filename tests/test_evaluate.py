@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from scilm_adapt import evaluate
 from scilm_adapt.evaluate import (
     METRICS,
     PAIRS,
@@ -182,6 +183,32 @@ def test_compare_measures_a_changed_model_again(world, capsys):
     assert compare(run, models, corpus, chats, max_new_tokens=2) == first and 'kept' in capsys.readouterr().out
     with torch.no_grad(): models['base'].model.get_output_embeddings().weight.mul_(3)
     assert compare(run, models, corpus, chats, max_new_tokens=2)['models'] != first['models']
+
+
+@pytest.mark.parametrize('damage', [False, True])
+def test_a_comparison_that_was_stopped_measures_only_what_is_missing(world, monkeypatch, capsys, damage):
+    run, corpus, chats = world
+    models = dict(base=tiny(TEXTS), distilled=tiny(TEXTS, seed=1))
+    def texts(name): return (Run(run.folder.parent/name).folder/'evaluation'/'measured.json').read_text()
+    compare(Run(run.folder.parent/'whole'), models, corpus, chats, max_new_tokens=4)
+    real, asked, at = evaluate.document_nats, [], [4]
+    def dying(lm, *arguments, **options):
+        if len(asked) == at[0]: raise KeyboardInterrupt
+        asked.append(options['description'])
+        return real(lm, *arguments, **options)
+    monkeypatch.setattr(evaluate, 'document_nats', dying)
+    with pytest.raises(KeyboardInterrupt): compare(run, models, corpus, chats, max_new_tokens=4)
+    assert asked == ['base: science', 'base: general', 'base: reference answers', 'distilled: science']
+    parts = sorted((run.folder/'.unfinished').rglob('*.json'))
+    assert len(parts) == 5
+    if damage:
+        whole = parts[0].read_bytes()
+        parts[0].write_bytes(whole.replace(b'1', b'2', 1))
+    asked.clear(); at[0] = None
+    compare(run, models, corpus, chats, max_new_tokens=4)
+    assert len(asked) + ('answered' in parts[0].name and damage) == 2 + damage and texts(run.folder.name) == texts('whole')
+    assert (f'{parts[0].name} is not what was written; measured again' in capsys.readouterr().out) == damage
+    assert not (run.folder/'.unfinished').exists()
 
 
 def test_a_broken_model_is_named(world):

@@ -1,18 +1,15 @@
 """Answers: the same alone and together, the same as a plain loop, over where they end, and drawn by address."""
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import chisquare
 from torch import nn
 from transformers import GenerationConfig
-from transformers.generation import MinPLogitsWarper, TopPLogitsWarper
 
-from scilm_adapt import generate
-from scilm_adapt.generate import Answer, chat_prompt, halt_ids, next_probabilities, plain, respond, sample, stop_ids, stream, to_answer
+from scilm_adapt import decoding
+from scilm_adapt.decoding import DECODERS
+from scilm_adapt.generate import Answer, chat_prompt, continuations, halt_ids, respond, stop_ids, stream, to_answer
 from scilm_adapt.models import families, tiny
 from scilm_adapt.runs import InputError
-from scilm_adapt.tokens import DOCUMENT_END, TURN_END, TURN_START, control_tokens, encode, pad
+from scilm_adapt.tokens import DOCUMENT_END, TURN_END, TURN_START, control_tokens, document_ends, encode, pad
 
 TEXTS = ('Heat flows.', 'Light is a wave and a particle, and both of them at once; which of them depends on the question that one asks.',
          'Sound.', 'Salt dissolves in water, and iron does not.', 'Glass breaks.')
@@ -59,15 +56,6 @@ class Script(nn.Module):
         logits[..., self.tokens[min(self.place, len(self.tokens) - 1)]] = 9.0
         self.place += 1
         return logits
-
-
-class Flat(nn.Module):
-    "An output head that holds these logits at every place; all words alike, if None."
-    def __init__(self, head, logits=None):
-        super().__init__()
-        self.weight, self.logits = head.weight, torch.zeros(len(head.weight)) if logits is None else logits
-
-    def forward(self, hidden): return self.logits.expand(*hidden.shape[:-1], -1)
 
 
 @pytest.fixture
@@ -166,18 +154,6 @@ def test_other_control_tokens_are_left_out_of_the_text_only(scripted):
 
 # --- chance
 
-@given(st.integers(0, 999), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.1, 0.5, 0.9, 0.99, 1.0]))
-def test_probabilities_are_those_of_the_library(seed, temperature, top_p):
-    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))*3
-    expected = TopPLogitsWarper(top_p)(None, logits/temperature) if top_p < 1 else logits/temperature
-    assert torch.allclose(next_probabilities(logits, temperature, top_p), expected.softmax(-1), atol=1e-6)
-
-
-def test_the_nucleus_keeps_at_least_one_token_and_temperature_zero_the_likeliest():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 0.0]])
-    assert next_probabilities(logits, 1.0, 1e-9).tolist() == next_probabilities(logits, 0.0).tolist() == [[0, 1, 0], [1, 0, 0]]
-
-
 def test_samples_are_a_function_of_the_seed_and_touch_no_global_state(lm):
     prompts, state = prompts_of(lm), torch.get_rng_state()
     draw = lambda seed: [answer.ids for answer in respond(lm, prompts, 8, temperature=1.0, top_p=0.9, seed=seed, batch_size=2)]
@@ -195,13 +171,6 @@ def test_batches_draw_differently(lm):
     assert one.ids != other.ids
 
 
-def test_sampling_has_no_hidden_top_k():
-    lm = loud()
-    lm.model.lm_head = Flat(lm.model.lm_head)
-    answers = respond(lm, [[5]]*40, 20, temperature=0.7, seed=1, batch_size=40)
-    assert len({i for answer in answers for i in answer.ids}) > 200
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 def test_sampling_leaves_the_cuda_generator_alone():
@@ -213,118 +182,31 @@ def test_sampling_leaves_the_cuda_generator_alone():
     assert ''.join(stream(lm, prompts_of(lm)[0], 8)).strip() == respond(lm, prompts_of(lm)[:1], 8)[0].text
 
 
-# --- the loop itself
+# --- documents
 
-def batch_of(lm, prompts): return pad(prompts, 0, left=True)
-
-
-@torch.no_grad()
-def library(lm, batch, new, ends):
-    "Greedy decoding by transformers' own loop."
-    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
-    with plain(lm.model): return lm.model.generate(**batch, generation_config=settings)
-
-
-def test_greedy_samples_are_those_of_the_library(babbler):
-    prompts = prompts_of(babbler)
-    alone = [library(babbler, batch_of(babbler, [prompt]), 16, None)[0, len(prompt):].tolist() for prompt in prompts]
-    ends = [alone[0][5], alone[3][9]]
-    for chosen in (None, ends):
-        batch = batch_of(babbler, prompts)
-        ids = sample(babbler.model, **batch, max_new_tokens=16, temperature=0, eos_token_id=chosen)
-        assert torch.equal(ids, library(babbler, batch, 16, chosen))
-        for prompt, row in zip(prompts, ids.tolist()):
-            one = sample(babbler.model, **batch_of(babbler, [prompt]), max_new_tokens=16, temperature=0, eos_token_id=chosen)
-            new = one[0, len(prompt):].tolist()
-            start = batch['input_ids'].shape[1]
-            assert row[start:start + len(new)] == new and set(row[start + len(new):]) <= set(ends[:1])
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_continuations_are_what_the_decoder_writes_until_the_document_ends(lm, decoder):
+    prompts, end = prompts_of(lm), document_ends(lm.tokenizer)[1]
+    found = continuations(lm, prompts, decoder, 8, seed=3, batch_size=2)
+    assert [answer.ids for answer in continuations(lm, prompts, decoder, 8, seed=3, batch_size=2)] == [answer.ids for answer in found]
+    for prompt, answer in zip(prompts, found):
+        assert 1 <= len(answer.ids) <= 8 and end not in answer.ids[:-1] and answer.stopped == (answer.ids[-1] == end)
+        if decoder != 'sampling':
+            alone = DECODERS[decoder](lm.model, **pad([prompt], 0, left=True), max_new_tokens=8, eos_token_id=end)
+            assert answer.ids == alone[0, len(prompt):].tolist()
+    if decoder == 'sampling': assert [answer.ids for answer in continuations(lm, prompts, decoder, 8, seed=4)] != [a.ids for a in found]
 
 
-def test_rows_that_end_make_room_and_change_nobody(babbler):
-    prompts, widths = prompts_of(babbler), []
-    draw = lambda ends: sample(babbler.model, **batch_of(babbler, prompts), max_new_tokens=14, eos_token_id=ends,
-                               generator=torch.Generator().manual_seed(3))
-    free = draw(None)
-    start = max(map(len, prompts))
-    ends = sorted({int(free[1, start + 1]), int(free[4, start + 4])})
-    hook = babbler.model.base_model.register_forward_pre_hook(lambda m, a, k: widths.append(len(k['input_ids'])), with_kwargs=True)
-    try: ended = draw(ends)
-    finally: hook.remove()
-    for whole, row in zip(free[:, start:].tolist(), ended[:, start:].tolist()):
-        stop = next((n + 1 for n, i in enumerate(whole) if i in ends), len(whole))
-        assert row[:stop] == whole[:stop] and set(row[stop:]) <= {ends[0]}
-    assert widths[0] == 5 and widths[-1] < 5 and widths == sorted(widths, reverse=True)
+def test_a_document_ends_with_its_own_end_and_not_with_a_turn(scripted):
+    lm, ids = scripted(['Heat', TURN_END, 'flows', DOCUMENT_END, 'never said'])
+    answer, = continuations(lm, [encode(lm.tokenizer, 'Well?')], max_new_tokens=20)
+    assert answer.ids == ids[:ids.index(document_ends(lm.tokenizer)[1]) + 1] and answer.stopped
 
 
-def test_sampling_ends_when_all_rows_have_ended(lm):
-    first = sample(lm.model, torch.tensor([[5, 6]]), torch.ones(1, 2), max_new_tokens=9, temperature=0)
-    end = int(first[0, 4])
-    assert sample(lm.model, torch.tensor([[5, 6]]), torch.ones(1, 2), max_new_tokens=9, temperature=0,
-                  eos_token_id=end).tolist() == [first[0, :first[0].tolist().index(end, 2) + 1].tolist()]
-
-
-@pytest.mark.parametrize('temperature, top_p, min_p', [(1.0, 1.0, 0.0), (0.5, 1.0, 0.0), (2.0, 0.8, 0.0), (1.0, 1.0, 0.3), (1.5, 0.9, 0.2)])
-def test_samples_have_the_exact_probabilities(temperature, top_p, min_p):
-    lm = loud()
-    logits = torch.full((len(lm.model.lm_head.weight),), -torch.inf)
-    logits[10:18] = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0])
-    lm.model.lm_head = Flat(lm.model.lm_head, logits)
-    ids = sample(lm.model, torch.full((200, 1), 5), torch.ones(200, 1), 50, temperature, top_p, min_p,
-                 generator=torch.Generator().manual_seed(0))
-    scores = logits/temperature
-    if top_p < 1: scores = TopPLogitsWarper(top_p)(None, scores[None])[0]
-    if min_p: scores = MinPLogitsWarper(min_p)(None, scores[None])[0]
-    expected = scores.softmax(-1).double().numpy()
-    seen = ids[:, 1:].flatten().bincount(minlength=len(logits)).numpy()
-    assert not seen[expected == 0].any()
-    some = expected > 0
-    assert chisquare(seen[some], 10_000*expected[some]/expected[some].sum()).pvalue > 1e-3
-
-
-def test_what_can_never_be_drawn_is_not_even_at_the_ends():
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
-    assert generate.pick(logits, torch.tensor([2.0**-24, 0.5, 1.0]), 1.0, 1.0, 0.0).tolist() == [1, 1, 3]
-
-
-def test_a_generator_decides_what_is_drawn(lm):
-    draw = lambda seed: sample(lm.model, **batch_of(lm, prompts_of(lm)), max_new_tokens=12, generator=torch.Generator().manual_seed(seed))
-    state = torch.get_rng_state()
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2)) and torch.equal(torch.get_rng_state(), state)
-
-
-def test_samples_come_from_a_model_at_rest_and_can_be_learnt_from(lm):
-    lm.model.train()
-    lm.model.model.layers[0].self_attn.attention_dropout = 0.9
-    try:
-        batch = batch_of(lm, prompts_of(lm))
-        ids = sample(lm.model, **batch, max_new_tokens=6, temperature=0)
-        assert lm.model.training
-        lm.model.eval()
-        assert torch.equal(ids, sample(lm.model, **batch, max_new_tokens=6, temperature=0))
-        lm.model(ids).logits.sum().backward()  # a tensor of inference mode could not be
-    finally:
-        lm.model.model.layers[0].self_attn.attention_dropout = 0.0
-        lm.model.zero_grad()
-        lm.model.eval()
-
-
-@pytest.mark.parametrize('change, named', [
-    (dict(max_new_tokens=511), r'A prompt of 2 tokens and max_new_tokens = 511.*512.*at most 510'),
-    (dict(max_new_tokens=0), 'max_new_tokens is 0'), (dict(temperature=-1.0), 'temperature is -1'),
-    (dict(top_p=0.0), 'top_p is 0'), (dict(top_p=1.5), 'top_p is 1.5'),
-    (dict(min_p=-0.1), 'min_p is -0.1'), (dict(min_p=1.1), 'min_p is 1.1'), (dict(min_p=float('nan')), 'min_p is nan'),
-    (dict(attention_mask=torch.tensor([[1, 1], [0, 0]])), 'Row 1 of attention_mask marks no token'),
-    (dict(attention_mask=torch.tensor([[1, 0], [1, 1]])), 'Row 0 is filled up on the right')])
-def test_what_sample_cannot_do_is_named(lm, change, named):
-    with pytest.raises(InputError, match=named):
-        sample(lm.model, **dict(input_ids=torch.tensor([[5, 6], [7, 8]]), attention_mask=torch.ones(2, 2), max_new_tokens=4) | change)
-
-
-def test_a_broken_model_is_named_at_once():
-    lm = loud()
-    next(lm.model.parameters()).data[:] = float('nan')
-    for temperature in (0, 1.0):
-        with pytest.raises(FloatingPointError, match='NaN'): sample(lm.model, torch.tensor([[5]]), torch.ones(1, 1), 4, temperature)
+@pytest.mark.parametrize('arguments, named', [(dict(decoder='beam'), "'beam'; choose one of: greedy, sampling, contrastive search"),
+                                              (dict(max_new_tokens=0), 'max_new_tokens is 0'), (dict(prompts=[[]]), 'A prompt is empty')])
+def test_what_cannot_be_continued_is_named(lm, arguments, named):
+    with pytest.raises(InputError, match=named): continuations(lm, **dict(prompts=[[5]]) | arguments)
 
 
 # --- streaming and prompts
@@ -360,7 +242,7 @@ def test_no_prompts_no_answers(lm): assert respond(lm, []) == []
     (dict(prompts=[[5]], top_p=0.0), 'top_p is 0'),
     (dict(prompts=[[5]], top_p=1.5), 'top_p is 1.5')])
 def test_what_cannot_work_is_named(lm, monkeypatch, arguments, named):
-    monkeypatch.setattr(generate, 'write', lambda *a: pytest.fail('generation began'))
+    monkeypatch.setattr(decoding, 'write', lambda *a: pytest.fail('generation began'))
     with pytest.raises(InputError, match=named): respond(lm, **arguments)
     if len(arguments['prompts']) == 1:
         rest = {name: value for name, value in arguments.items() if name != 'prompts'}

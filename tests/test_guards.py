@@ -1,5 +1,6 @@
 """What is watched in a training: measures against naive loops, rules that see a collapse and nothing else, weights that are kept."""
 import copy
+import json
 import math
 from dataclasses import asdict, replace
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from scilm_adapt.decoding import repetition
 from scilm_adapt.divergence import head_of
 from scilm_adapt.generate import Answer, chat_prompt, halt_ids, respond, stop_ids
-from scilm_adapt.guards import Collapse, Look, answered, collapsed, judged, keep_good, look, repeated, rules, suspicious, watch
+from scilm_adapt.guards import Collapse, Look, answered, collapsed, judged, keep_good, look, rules, suspicious, watch
 from scilm_adapt.models import LanguageModel, build, hidden_states, load, weights_hash
 from scilm_adapt.runs import InputError, read_json
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
@@ -50,7 +52,7 @@ def able() -> LanguageModel:
 @pytest.mark.parametrize('ids, share', [([], 0), ([1, 1, 1], 0), ([1, 2, 3, 4], 0), ([5]*8, 4/5), ([1, 2]*4, 3/5),
                                         ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1/6)])
 def test_repetition_counts_all_4_grams_with_the_last(ids, share):
-    assert math.isclose(repeated(ids), share, abs_tol=1e-12)
+    assert math.isclose(repetition(ids, 4), share, abs_tol=1e-12)
 
 
 def test_an_answer_is_truncated_only_if_nothing_ended_it(able):
@@ -208,6 +210,18 @@ def test_a_collapse_stops_the_run_and_the_last_good_weights_are_there(able, tmp_
     assert weights_hash(load(tmp_path/'good', 'cpu').model) == hashes[2] and len(hashes) == 5
     assert [one.step for one in found.value.looks] == [-1, 0, 1, 2, 3, 4] and not lm.model.training
     assert [path.name for path in tmp_path.iterdir()] == ['good']  # nothing half-written beside it
+
+
+def test_what_was_seen_before_a_stop_is_judged_with_what_comes_after(able, tmp_path):
+    lm = replace(able, model=copy.deepcopy(able.model))
+    first, second = (watch(lm, LiveTeacher(able), CHATS, 1, tmp_path/'good', 9, max_new_tokens=8) for _ in range(2))
+    first(0, lm.model)
+    with torch.no_grad():
+        for p in lm.model.parameters(): p.mul_(-2)
+    first(1, lm.model)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    with pytest.raises(Collapse, match='collapsed at step 2: .*; the weights of step 0 are kept') as found: second(2, lm.model)
+    assert [one.step for one in found.value.looks] == [-1, 0, 1, 2] and found.value.looks[:3] == first.looks
 
 
 def test_a_save_that_fails_leaves_the_good_weights_before_it(able, tmp_path):

@@ -507,7 +507,7 @@ def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, fluent, random_
     out = capsys.readouterr().out
     assert f'{len(by_teacher)} answered by the teacher (of 20 asked)' in out and f"language {counts['refused']['language']}" in out
     assert prepare(Run(tmp_path), corpus, fluent, **sizes) == chats and 'already done' in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ['chats']
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != '.'] == ['chats']
     other = prepare(Run(tmp_path), corpus, random_teacher, **sizes)  # another teacher, other answers
     assert sum(chat['author'] == 'teacher' for chat in other.train) == 0
 
@@ -543,4 +543,4 @@ def test_papers_that_yield_nothing_are_named(tmp_path, corpus, random_teacher):
     bare = {name: [paper | dict(title='', text='One.') for paper in part] for name, part in corpus.science.items()}
     bare = Corpus(bare, {}, corpus.folder)
     with pytest.raises(InputError, match='papers with titles and several sentences'): prepare(Run(tmp_path), bare, random_teacher)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != '.'] == []

@@ -100,7 +100,7 @@ def test_the_notebook_takes_models_with_different_tokenizers_and_other_ways_to_l
     for lm, name in ((student, 'student'), (teacher, 'teacher')): models.save(lm, tmp_path/name)
     preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), watch=2, context=160,
                   general=str(texts['tales']), batch_size=4, contrast_steps=2, distil_steps=2, conversations=40, teacher_answers=0,
-                  reference_weight=0.2, documents=8, questions=4)
+                  reference_weight=0.2, documents=8, questions=4, shift=0.5)
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-o', 'mine']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -227,7 +227,8 @@ def test_its_state_survives_as_json_and_goes_on_alike(lm, given):
     replay = Replay(6, 0.8)
     batch_at = on_policy_batches(lm, CHATS, given, batches(given), policy, CONTEXT, STEPS, 0, replay)
     for step in range(6): batch_at(step)
-    other = Replay.from_state(json.loads(json.dumps(replay.state())))
+    other = Replay(1, 0.0)
+    other.load_state_dict(json.loads(json.dumps(replay.state_dict())))
     assert other == replay and len(other.rollouts) == 6
     resumed = on_policy_batches(lm, CHATS, given, batches(given), policy, CONTEXT, STEPS, 0, other)
     for step in range(6, 9):

@@ -1,4 +1,5 @@
-"""Stages that are kept, run again, or fail; writers that are killed; and chance by address."""
+"""Stages that are kept, run again, or fail; writers that are killed; locks, full disks and signals; and chance by address."""
+import errno
 import json
 import math
 import os
@@ -9,19 +10,31 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scilm_adapt import runs
 from scilm_adapt.runs import (
+    Damaged,
+    InputError,
     Run,
+    Stopped,
+    check_space,
     content_hash,
     file_hash,
     key_of,
+    lock,
     progress,
     read_json,
     read_manifest,
     rng,
+    seal,
     stage,
+    stop_gently,
+    survey,
+    unlock,
+    verified,
     write_json,
     write_text,
 )
@@ -39,7 +52,20 @@ def writer(calls: list, name: str = 'stage', text: str = 'all of it'):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    "What lies in a folder; what hides there must be the lock."
+    hidden = {path.name for path in folder.iterdir() if path.name.startswith('.')}
+    assert hidden <= {'.lock', '.lock-holder', runs.SEEN}, hidden
+    return sorted(path.name for path in folder.iterdir() if path.name not in hidden)
+
+
+def damage(path: Path, how: str) -> None:
+    "One of the ways in which files go bad; the size stays the same where it can."
+    content = path.read_bytes()
+    if how == 'truncate': os.truncate(path, len(content)//2)
+    if how == 'zero': path.write_bytes(bytes(len(content)))
+    if how == 'delete': path.unlink()
+    if how == 'grow': path.write_bytes(content + b' ')
+    if how == 'flip': path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------------------
@@ -95,21 +121,74 @@ def test_a_parent_that_is_a_plain_folder_counts_by_its_files(tmp_path):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize('damage', ['truncate', 'delete', 'grow', 'manifest gone', 'manifest cut', 'manifest foreign', 'manifest a list'])
-def test_a_damaged_stage_runs_again(tmp_path, damage):
+@pytest.mark.parametrize('file', ['deep/result.txt', 'manifest.json'])
+@pytest.mark.parametrize('how', ['truncate', 'zero', 'delete', 'grow', 'flip'])
+def test_a_damaged_stage_is_named_and_made_anew(tmp_path, capsys, file, how):
     calls, run = [], Run(tmp_path)
     folder = stage(run, 'model', {}, writer(calls))
-    file, manifest = folder/'deep'/'result.txt', folder/'manifest.json'
-    if damage == 'truncate': os.truncate(file, 3)
-    if damage == 'delete': file.unlink()
-    if damage == 'grow': file.write_text('all of it, twice')
-    if damage == 'manifest gone': manifest.unlink()
-    if damage == 'manifest cut': os.truncate(manifest, 20)
-    if damage == 'manifest foreign': manifest.write_text('{"name": "of another program"}')
-    if damage == 'manifest a list': manifest.write_text('[1, 2]')
+    assert read_manifest(folder)
+    damage(folder/file, how)
+    assert read_manifest(folder) is None or (file, how) == ('manifest.json', 'grow')  # a space behind JSON says nothing
+    if (file, how) == ('manifest.json', 'grow'): return
+    with pytest.raises(Damaged, match=file): verified(folder)
+    if (file, how) != ('manifest.json', 'delete'):  # such a folder is a plain one
+        with pytest.raises(InputError, match=f'{file}.*built on it'): stage(run, 'below', {}, writer(calls), [folder])
+    stage(run, 'model', {}, writer(calls))
+    assert calls == ['stage']*2 and verified(folder, deep=True) and (folder/'deep'/'result.txt').read_text() == 'all of it'
+    said = [line for line in capsys.readouterr().out.splitlines() if 'made anew' in line]
+    assert len(said) == 1 and f'model: model/{file} ' in said[0] and str(tmp_path) not in said[0]
+
+
+@pytest.mark.parametrize('manifest', ['{"name": "of another program"}', '[1, 2]', None])
+def test_a_folder_of_another_program_or_version_is_no_stage(tmp_path, manifest):
+    calls, run, folder = [], Run(tmp_path), stage(Run(tmp_path), 'model', {}, writer([]))
+    old = {name: value for name, value in read_json(folder/'manifest.json').items() if name not in ('hash', 'parents', 'code', 'made')}
+    (folder/'manifest.json').write_text(manifest or json.dumps(old))
     assert read_manifest(folder) is None
     stage(run, 'model', {}, writer(calls))
-    assert len(calls) == 2 and file.read_text() == 'all of it' and read_manifest(folder)
+    assert calls == ['stage'] and read_manifest(folder)
+
+
+def test_damage_that_is_mended_changes_nothing_below(tmp_path):
+    calls, run = [], Run(tmp_path)
+    def pipeline(): return stage(run, 'model', {}, writer(calls, 'model'), [stage(run, 'corpus', {}, writer(calls, 'corpus'))])
+    pipeline()
+    damage(tmp_path/'corpus'/'deep'/'result.txt', 'flip')
+    pipeline()
+    assert calls == ['corpus', 'model', 'corpus']
+
+
+def test_bytes_are_hashed_once_and_then_only_when_their_file_changed(tmp_path, monkeypatch):
+    folder, hashed = stage(Run(tmp_path), 'model', {}, writer([])), []
+    file = folder/'deep'/'result.txt'
+    os.utime(file, ns=(10**18, 10**18))
+    monkeypatch.setattr(runs, 'file_hash', lambda path: hashed.append(path.name) or file_hash(path))
+    assert verified(folder) and verified(folder) and hashed == ['result.txt']*2  # as fresh as this, it may change within a tick
+    monkeypatch.setattr(runs, 'SETTLED', -1.0)
+    assert verified(folder) and verified(folder) and hashed == ['result.txt']*3
+    assert verified(folder, deep=True) and hashed == ['result.txt']*4
+    before = file.stat()
+    file.write_bytes(b'all of iT')
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and time of before: what changed is the entry's own time
+    with pytest.raises(Damaged, match='result.txt has other content'): verified(folder)
+    file.write_bytes(b'all of it')
+    (folder/runs.SEEN).write_text('{"spoilt": ')
+    assert verified(folder)
+
+
+def test_a_folder_for_reading_only_is_read(tmp_path):
+    folder = stage(Run(tmp_path), 'model', {}, writer([]))
+    (folder/runs.SEEN).unlink(missing_ok=True)
+    (folder/runs.SEEN).mkdir()  # nothing can be written there
+    assert verified(folder)
+
+
+def test_no_stage_starts_on_a_parent_that_did_not_finish(tmp_path):
+    run, calls = Run(tmp_path), []
+    with pytest.raises(ZeroDivisionError): stage(run, 'corpus', {}, lambda folder: 1/0)
+    with pytest.raises(InputError, match='corpus is missing or was not finished'):
+        stage(run, 'model', {}, writer(calls), [tmp_path/'corpus'])
+    assert calls == []
 
 
 def test_the_manifest_names_every_file_with_size_and_hash(tmp_path):
@@ -117,6 +196,10 @@ def test_the_manifest_names_every_file_with_size_and_hash(tmp_path):
     manifest = json.loads((folder/'manifest.json').read_text())
     assert manifest['files'] == {'deep/result.txt': dict(bytes=9, sha256=file_hash(folder/'deep'/'result.txt'))}
     assert manifest['name'] == 'model' and manifest['config'] == dict(steps=3, path='a/b') and manifest['key'] == key_of(folder)
+    below = stage(Run(tmp_path), 'models/below', {}, writer([]), [folder])
+    manifest = json.loads((below/'manifest.json').read_text())
+    assert manifest['parents'] == dict(model=key_of(folder)) and manifest['made'].endswith('+00:00')
+    assert manifest['code'].keys() == {'version', 'sources'} and len(manifest['hash']) == 64
 
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -206,6 +289,204 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path, seconds):
     start_and_kill(KILLED_FILE, tmp_path, seconds)
     values = read_json(tmp_path/'result.json')['values']
     assert len(values) == 50_000 and len(set(values)) == 1
+
+
+# --- what survives ----------------------------------------------------------------------------------------------------------------
+
+def test_what_a_killed_process_left_is_finished_or_removed(tmp_path):
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    run, calls = Run(tmp_path/'a'), []
+    stage(run, 'model', dict(v=2), writer(calls, text='new'))
+    os.replace(run.folder/'model', run.folder/f'.model.{dead.pid}')  # the new one, complete, and the old one: neither has the name
+    stage(Run(tmp_path/'b'), 'model', dict(v=1), writer(calls, text='old'))
+    os.replace(tmp_path/'b'/'model', run.folder/f'.model.{dead.pid}.old')
+    write_text(run.folder/f'.other.{dead.pid}'/'half', 'of another stage')
+    calls.clear()
+    folder = stage(run, 'model', dict(v=2), writer(calls))
+    assert calls == [] and (folder/'deep'/'result.txt').read_text() == 'new'
+    stage(run, 'other', {}, writer(calls))
+    assert names(run.folder) == ['model', 'other']
+
+
+def counter(calls: list, dies: int | None = None):
+    "A build function that goes on where it was."
+    def build(folder: Path, scratch: Path) -> None:
+        for number in range(int((scratch/'n').read_text()) + 1 if (scratch/'n').exists() else 0, 5):
+            if number == dies: raise RuntimeError('dies')
+            calls.append(number)
+            write_text(scratch/'n', str(number))
+        write_text(folder/'result', 'five')
+    return build
+
+
+def test_what_is_written_in_the_scratch_folder_survives_a_crash(tmp_path):
+    run, calls = Run(tmp_path), []
+    with pytest.raises(RuntimeError): stage(run, 'models/deep', dict(v=1), counter(calls, dies=3), resumable=True)
+    scratch, = (tmp_path/'.unfinished'/'models').iterdir()
+    assert scratch.name.startswith('deep-') and survey(tmp_path)[0]['state'] == 'unfinished'
+    stage(run, 'models/deep', dict(v=1), counter(calls), resumable=True)
+    assert calls == [0, 1, 2, 3, 4] and not (tmp_path/'.unfinished').exists()
+    assert names(tmp_path/'models'/'deep') == ['manifest.json', 'result']
+
+
+def test_another_key_begins_anew_and_removes_the_scratch_of_before(tmp_path):
+    run, calls = Run(tmp_path), []
+    for v, other in ((1, 'deep'), (2, 'deep'), (1, 'deep-blue')):
+        with pytest.raises(RuntimeError): stage(run, other, dict(v=v), counter(calls, dies=2), resumable=True)
+    assert calls == [0, 1]*3 and len(list((tmp_path/'.unfinished').iterdir())) == 2  # one of each stage
+    stage(run, 'deep', dict(v=1), counter(calls), resumable=True)
+    assert calls == [0, 1]*3 + [0, 1, 2, 3, 4] and [p.name[:10] for p in (tmp_path/'.unfinished').iterdir()] == ['deep-blue-']
+
+
+def in_another(folder: Path, settings: dict | None = None, then: str = '') -> subprocess.Popen:
+    "Another process that builds a stage, and says 'built', or why not."
+    script = f'''
+import sys, time
+from scilm_adapt.runs import InputError, Run, stage, write_text
+try: stage(Run(sys.argv[1]), 'other', {{}}, lambda folder: write_text(folder/'x', 'y'))
+except InputError as error: print(error, flush=True)
+else: print('built', flush=True)
+{then}'''
+    return subprocess.Popen([sys.executable, '-c', script, folder], stdout=subprocess.PIPE, text=True, env=os.environ | (settings or {}))
+
+
+def test_a_second_process_is_refused_by_the_number_of_the_first(tmp_path):
+    run, calls = Run(tmp_path), []
+    def nested(folder):
+        stage(Run(tmp_path), 'inner', {}, writer(calls))  # the same process may, also by another Run
+        calls.append(in_another(tmp_path).communicate()[0])
+    stage(run, 'outer', {}, nested)
+    assert calls[1].startswith(f'{tmp_path} is in use by process {os.getpid()};')
+    assert in_another(tmp_path).communicate()[0].count('in use') == 1  # until this one ends
+    run.close()
+    assert in_another(tmp_path).communicate()[0] == 'built\n'
+
+
+def test_a_finished_stage_is_found_while_another_process_builds(tmp_path):
+    stage(run := Run(tmp_path), 'other', {}, writer([]))
+    said = []
+    def busy(folder): said.append(in_another(tmp_path).communicate()[0])
+    stage(run, 'more', {}, busy)
+    assert 'already done' in said[0] and 'built' in said[0]
+
+
+def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path):
+    with in_another(tmp_path, then='time.sleep(60)') as process:
+        assert process.stdout.readline() == 'built\n'
+        with pytest.raises(InputError, match=f'in use by process {process.pid};'): stage(Run(tmp_path), 'mine', {}, writer([]))
+        process.kill()
+    stage(Run(tmp_path), 'mine', {}, writer([]))
+    unlock(tmp_path)
+
+
+def test_of_several_ranks_the_first_locks_and_publishes(tmp_path):
+    first, second = (in_another(tmp_path, dict(RANK=str(rank), WORLD_SIZE='2')) for rank in (0, 1))
+    assert [process.communicate()[0].split()[-1] for process in (first, second)] == ['built']*2
+    assert names(tmp_path) == ['other'] and (tmp_path/'.lock-holder').read_text() == f'{first.pid}\n'
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch, capsys):
+    def cannot(*_, **__): raise NotImplementedError
+    monkeypatch.setattr(FileLock, 'acquire', cannot)
+    lock(tmp_path)
+    assert 'see that no other process uses it' in capsys.readouterr().out
+
+
+# --- disks and signals ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), OSError(errno.EDQUOT, 'quota'),
+                                   RuntimeError('I/O error: No space left on device (os error 28)')])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, error):
+    run, calls = Run(tmp_path), []
+    stage(run, 'model', dict(v=1), writer(calls))
+    def build(folder):
+        write_text(folder/'weights', 'half')
+        raise error  # whichever it is by then
+    with pytest.raises(InputError, match=r'model does not fit on the disk: after 4 bytes in .*model.*, [\d,]+ are free.*untouched'):
+        stage(run, 'model', dict(v=2), build)
+    assert verified(tmp_path/'model', deep=True) and names(tmp_path) == ['model']
+    error = OSError('something else')
+    with pytest.raises(OSError, match='something else'): stage(run, 'model', dict(v=3), build)
+
+
+def test_space_is_checked_where_the_folder_would_be(tmp_path):
+    check_space(tmp_path/'not'/'yet', 1000, 'A model')
+    with pytest.raises(InputError, match=r'A model takes 1,000,000,000,000,000 bytes in .*not, where [\d,]+ are free'):
+        check_space(tmp_path/'not', 10**15, 'A model')
+
+
+def test_the_first_signal_is_a_wish_and_the_second_stops_at_once():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    reached = []
+    with pytest.raises(Stopped) as stopped, stop_gently() as wished:
+        signal.raise_signal(signal.SIGTERM)
+        reached.append(wished == [signal.SIGTERM])
+        signal.raise_signal(signal.SIGINT)
+        reached.append('never')
+    assert reached == [True] and stopped.value.number == signal.SIGINT and isinstance(stopped.value, KeyboardInterrupt)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# --- the state of a run -----------------------------------------------------------------------------------------------------------
+
+def graph(run: Run, v: int = 1) -> None:
+    "A corpus, a tokenizer, and two models one below the other."
+    corpus = stage(run, 'corpus', dict(v=v), writer([]))
+    stage(run, 'tokens', {}, writer([]))
+    first = stage(run, 'models/a', {}, writer([]), [corpus])
+    stage(run, 'models/b', {}, writer([]), [first])
+
+
+def states(folder: Path, **options) -> dict[str, str]:
+    return {row['name']: row['state'] for row in survey(folder, **options)}
+
+
+def test_a_survey_tells_what_is_done_stale_broken_and_missing(tmp_path):
+    run = Run(tmp_path)
+    graph(run)
+    write_text(tmp_path/'figures'/'a.png', 'no stage')
+    assert states(tmp_path) == {'corpus': 'done', 'tokens': 'done', 'models/a': 'done', 'models/b': 'done'}
+    row = next(row for row in survey(tmp_path) if row['name'] == 'models/a')
+    assert row['bytes'] == 9 and row['seconds'] >= 0 and row['made'] and set(row['parents']) == {'corpus'} and row['reason'] == ''
+    stage(run, 'corpus', dict(v=2), writer([]))
+    assert states(tmp_path) == {'corpus': 'done', 'tokens': 'done', 'models/a': 'stale', 'models/b': 'stale'}
+    damage(tmp_path/'models'/'a'/'deep'/'result.txt', 'flip')
+    (tmp_path/'corpus').rename(tmp_path/f'.corpus.{os.getpid()}')
+    assert states(tmp_path) == {'corpus': 'unfinished', 'tokens': 'done', 'models/a': 'broken', 'models/b': 'stale'}
+    (tmp_path/f'.corpus.{os.getpid()}').rename(tmp_path.parent/f'{tmp_path.name}-away')
+    assert states(tmp_path)['corpus'] == 'missing'
+    assert next(row['reason'] for row in survey(tmp_path) if row['state'] == 'broken').startswith('models/a/deep/result.txt has other')
+
+
+def test_a_deep_survey_sees_what_the_file_system_did_not_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, 'SETTLED', -1.0)
+    graph(Run(tmp_path))
+    file = tmp_path/'tokens'/'deep'/'result.txt'
+    assert verified(tmp_path/'tokens')
+    file.write_bytes(b'all of iT')
+    known = json.loads((tmp_path/'tokens'/runs.SEEN).read_text())
+    for entries in known.values(): entries['deep/result.txt'] = runs.stamp(file)  # a bit that the disk lost by itself
+    (tmp_path/'tokens'/runs.SEEN).write_text(json.dumps(known))
+    assert states(tmp_path)['tokens'] == 'done' and states(tmp_path, deep=True)['tokens'] == 'broken'
+
+
+def test_a_stage_that_is_done_costs_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, 'SETTLED', -1.0)
+    build = lambda folder: (folder/'weights').write_bytes(bytes(10**8))
+    stage(Run(tmp_path), 'model', {}, build)
+    stage(Run(tmp_path), 'model', {}, build)
+    start = time.perf_counter()
+    stage(Run(tmp_path), 'model', {}, build)
+    assert time.perf_counter() - start < 0.05
+
+
+def test_a_seal_is_broken_by_another_manifest(tmp_path):
+    write_text(tmp_path/'a', 'x')
+    seal(tmp_path, step=1)
+    assert verified(tmp_path)['step'] == 1
+    (tmp_path/'manifest.json').write_text((tmp_path/'manifest.json').read_text().replace('"step": 1', '"step": 2'))
+    with pytest.raises(Damaged, match='manifest.json has changed'): verified(tmp_path)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------------

@@ -2,21 +2,42 @@
 import json
 import math
 import os
+import resource
+import signal
 import socket
-import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_checkpoints import ended, forked
 from torch.nn import functional as F
 
+from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.models import LanguageModel, hidden_states, load, logits_of, save, tiny, weights_hash
-from scilm_adapt.runs import InputError
+from scilm_adapt.runs import InputError, Stopped, verified
 from scilm_adapt.tokens import batch_rows, encode_document, pack
-from scilm_adapt.training import adamw, document_nats, fit, has_adapters, lm_loss, lora, micro_batches, muon, schedule, set_seed
+from scilm_adapt.training import (
+    adamw,
+    bad_numbers,
+    document_nats,
+    fit,
+    has_adapters,
+    lm_loss,
+    lora,
+    micro_batches,
+    muon,
+    schedule,
+    set_seed,
+)
 
 torch.set_num_threads(1)
 # Of very different lengths, so that micro-batches have very different numbers of targets.
@@ -114,34 +135,27 @@ def test_every_row_is_in_one_part_of_one_process(size, rows, ranks):
 
 # --- processes --------------------------------------------------------------------------------------------------------------------
 
-SCRIPT = '''
-import json, os, sys
-folder, tests, cases = sys.argv[1:]
-sys.path.insert(0, tests)
-from safetensors.torch import save_file
-import test_training as t
-from scilm_adapt.models import weights_hash
-rank = os.environ['RANK']
-for name, (rows, micro_batch) in json.loads(cases).items():
-    lm = t.model_of()
-    history = t.train(lm, t.ragged(lm), rows=rows, micro_batch=micro_batch)
-    if rank == '0': save_file({n: p.detach().clone() for n, p in lm.model.named_parameters()}, f'{folder}/{name}.safetensors')
-    with open(f'{folder}/{name}.{rank}', 'w') as file: json.dump(dict(history=history, hash=weights_hash(lm.model)), file)
-'''
-
-
-def test_two_processes_train_as_one(tmp_path):
-    from safetensors.torch import load_file
-    cases = dict(even=(16, 3), a_row_too_few=(5, 1))
+def in_two(action: Callable[[int], None]) -> None:
+    "Two processes of one training, as torchrun would start them."
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
-    (tmp_path/'script.py').write_text(SCRIPT)
-    launched = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port), tmp_path/'script.py',
-         tmp_path, os.path.dirname(__file__), json.dumps(cases)],
-        env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True, timeout=300)
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    def each(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(port))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        action(rank)
+    assert [ended(child) for child in [forked(partial(each, rank)) for rank in (0, 1)]] == [0, 0]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    cases = dict(even=(16, 3), a_row_too_few=(5, 1))
+    def work(rank: int) -> None:
+        for name, (rows, micro_batch) in cases.items():
+            lm = model_of()
+            history = train(lm, ragged(lm), rows=rows, micro_batch=micro_batch)
+            if rank == 0: save_file({n: p.detach().clone() for n, p in lm.model.named_parameters()}, tmp_path/f'{name}.safetensors')
+            (tmp_path/f'{name}.{rank}').write_text(json.dumps(dict(history=history, hash=weights_hash(lm.model))))
+    in_two(work)
     for name, (rows, _) in cases.items():
         first, second = (json.loads((tmp_path/f'{name}.{rank}').read_text()) for rank in (0, 1))
         assert first['hash'] == second['hash']  # both hold the same weights
@@ -249,6 +263,233 @@ def test_a_gradient_that_is_no_number_stops_as_well():
     with pytest.raises(FloatingPointError, match='step 0'):
         fit(lm.model, lambda step: packed.batch([0, 1]), loss, 2, learning_rate=1e-2, precision='no')
     assert weights_hash(lm.model) == before
+
+
+def spoilt(packed, bad: dict[int, float], before: Callable[[int], None] = lambda step: None):
+    "Batches, and a loss that is multiplied by what `bad` says of their step."
+    def batch_at(step):
+        before(step)
+        return packed.batch(batch_rows(len(packed), 4, step, seed=0)) | dict(factor=torch.full((4,), bad.get(step, 1.0)))
+    return batch_at, lambda model, batch: dict(loss=lm_loss(model, batch)*batch['factor'][0])
+
+
+@pytest.mark.parametrize(('factor', 'step', 'said'), [
+    (math.nan, 3, 'a loss of nan'), (math.inf, 3, 'a loss of inf'), (-math.inf, 24, 'a loss of -inf'),
+    (50.0, 24, r'a loss of [\d.]+, where [\d.]+ is usual')])
+def test_bad_numbers_name_the_step_and_its_records_and_reach_no_checkpoint(tmp_path, factor, step, said):
+    lm, hashes = model_of(layers=1), []
+    batch_at, loss = spoilt(ragged(lm), {step: factor}, lambda step: hashes.append(weights_hash(lm.model)))
+    def records_at(step): return [f'paper-{step}-{n}' for n in range(25)]
+    named = f'the weights of step {step - 1} are kept.*look at its records: paper-{step}-0, .*paper-{step}-19 and 5 more'
+    with pytest.raises(FloatingPointError, match=f'step {step} gave {said}.*; {named}'):
+        fit(lm.model, batch_at, loss, 30, learning_rate=1e-3, precision='no', checkpoints=Checkpoints(tmp_path, steps=1),
+            records_at=records_at)
+    assert weights_hash(lm.model) == hashes[step]
+    assert [path.name for path in Checkpoints(tmp_path).found()] == [f'step-{n:08}' for n in (step, step - 1)]
+    assert all(tensor.isfinite().all() for path in Checkpoints(tmp_path).found()
+               for tensor in load_file(path/'rank-00000.safetensors').values() if tensor.is_floating_point())
+
+
+def test_bad_steps_are_skipped_and_counted_up_to_a_limit(capsys):
+    lm, hashes = model_of(layers=1), []
+    batch_at, loss = spoilt(ragged(lm), {2: math.nan, 4: math.inf, 6: math.nan}, lambda step: hashes.append(weights_hash(lm.model)))
+    options = dict(learning_rate=1e-3, precision='no')
+    history = fit(lm.model, batch_at, loss, 6, skip_bad=2, **options)
+    assert [row.get('skipped', 0) for row in history] == [0, 0, 1, 0, 1, 0]
+    assert hashes[2] == hashes[3] and hashes[4] == hashes[5] != hashes[3]
+    assert all(p.isfinite().all() for p in lm.model.parameters()) and 'skipped (2 of at most 2)' in capsys.readouterr().out
+    with pytest.raises(FloatingPointError, match='step 6'): fit(lm.model, batch_at, loss, 9, skip_bad=2, **options)
+
+
+def test_only_what_is_far_above_the_usual_is_bad():
+    def rows(losses, norm=1.0): return [dict(loss=loss, grad_norm=norm) for loss in losses]
+    falling = rows(np.geomspace(11, 2, 60))
+    assert not any(bad_numbers(row['loss'], 1.0, falling[:n], False) for n, row in enumerate(falling))
+    calm = rows([1.9, 2.0, 2.1]*20)
+    assert bad_numbers(7.1, 1.0, calm, False) and not bad_numbers(6.9, 1.0, calm, False)
+    assert not bad_numbers(50.0, 1e9, falling[:19], False)                # nothing is usual yet
+    assert not bad_numbers(0.9, 30.0, rows([1e-3]*50, 1e-4), False)       # learnt by heart, then a sentence that is new
+    assert bad_numbers(2.0, 1e4, falling, False) and not bad_numbers(2.0, math.inf, falling, True)
+    assert bad_numbers(2.0, math.inf, falling, False) and bad_numbers(math.nan, 1.0, falling, True)
+    skipped = [row | dict(skipped=1, loss=99.0) for row in calm]
+    assert bad_numbers(9.0, 1.0, calm + skipped[:30], False)              # what was skipped is not usual
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------------
+
+def scarce(rows: int, error: Callable[[], BaseException] = lambda: torch.OutOfMemoryError('CUDA out of memory')):
+    "A loss for which the memory suffices for so many rows only."
+    def loss(model, batch):
+        if len(batch['input_ids']) > rows: raise error()
+        return plain_loss(model, batch)
+    return loss
+
+
+@pytest.mark.parametrize('error', [lambda: torch.OutOfMemoryError('CUDA out of memory'), lambda: MemoryError(),
+                                   lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_a_micro_batch_too_large_is_halved_and_nothing_else_changes(capsys, error):
+    ends, asked = [], []
+    for loss, micro_batch in ((scarce(3, error), 8), (plain_loss, 2)):
+        lm = dropout_model()
+        packed = ragged(lm)
+        def batch_at(step, packed=packed):
+            asked.append(step)
+            return packed.batch(batch_rows(len(packed), 10, step, seed=0))
+        history = fit(lm.model, batch_at, loss, 3, learning_rate=3e-3, precision='no', micro_batch=micro_batch)
+        ends.append((weights_hash(lm.model), [row['loss'] for row in history]))
+    assert ends[0] == ends[1] and asked == [0, 1, 2]*2  # a batch may be asked for only once
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split('suffice for ')[1] for line in said] == [f'{n} rows at once: {n//2} from now on, the batch stays 10' for n in (8, 4)]
+
+
+def test_where_not_even_one_row_fits_it_is_said():
+    lm = model_of()
+    packed = ragged(lm)
+    def run(**options): return fit(lm.model, lambda step: packed.batch([0, 1, 2]), scarce(0), 1, learning_rate=1e-3, **options)
+    with pytest.raises(InputError, match='does not suffice for 1 rows at once, and fewer are not possible; set a shorter context'): run()
+    with pytest.raises(InputError, match='does not suffice for 2 rows'): run(micro_batch=2, least_rows=2)
+    other = RuntimeError('shapes differ')
+    with pytest.raises(RuntimeError, match='shapes differ'):
+        fit(lm.model, lambda step: packed.batch([0]), scarce(0, lambda: other), 1, learning_rate=1e-3)
+
+
+def test_real_memory_that_is_too_small_halves_the_micro_batch(tmp_path):
+    def work():
+        lm = tiny(TEXTS, hidden=64, layers=2, heads=2, context=512)
+        packed = pack([encode_document(lm.tokenizer, ' '.join(TEXTS))[:256]]*64, 256)
+        options = dict(learning_rate=1e-3, precision='no')
+        fit(lm.model, lambda step: packed.batch([0]), plain_loss, 1, **options)
+        used = int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+        said = []
+        import builtins
+        builtins.print = lambda *words, **_: said.append(words[0])
+        history = fit(lm.model, lambda step: packed.batch(range(64)), plain_loss, 1, **options)
+        assert said and 'the memory does not suffice for 64 rows at once: 32 from now on, the batch stays 64' in said[0]
+        assert math.isfinite(history[0]['loss'])
+    assert ended(forked(work)) == 0
+
+
+def test_several_processes_say_which_one_had_too_little(tmp_path):
+    def work(rank: int) -> None:
+        lm = model_of(layers=1)
+        packed = ragged(lm)
+        with pytest.raises(InputError, match=f'8 rows at once in process {rank} of 2; set micro_batch to 4'):
+            fit(lm.model, lambda step: packed.batch([0]*16), scarce(7), 1, learning_rate=1e-3)
+    in_two(work)
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------------------
+
+class Buffer:
+    "Something that remembers along the way: a batch depends on all before it."
+    def __init__(self): self.rows = [0]
+
+    def state_dict(self): return dict(rows=self.rows, last=torch.tensor(self.rows[-1:]))
+
+    def load_state_dict(self, state): self.rows = state['rows'] if state['last'].tolist() == state['rows'][-1:] else None
+
+
+KINDS = dict(dropout_in_16_bits=dict(family='gpt2', precision='bf16'), muon_short_of_memory=dict(optimizers=muon, loss=scarce(2)),
+             adapters=dict(rank=2))
+
+
+def longer(folder: Path | None, steps: int = 8, pause: float = 0.0, after=None, family: str = 'llama', rank: int = 0, loss=plain_loss,
+           kept: Checkpoints | None = None, **options) -> tuple[str, list[dict]]:
+    "A training with checkpoints in `folder` after each step; the hash of its weights and its history without the times."
+    lm, buffer = model_of(family, layers=1), Buffer()
+    packed = ragged(lm)
+    if rank: lora(lm.model, rank)
+    def batch_at(step):
+        time.sleep(pause)
+        buffer.rows.append((buffer.rows[-1]*5 + step) % 7)
+        return packed.batch([*batch_rows(len(packed), 3, step, seed=0), buffer.rows[-1]])
+    history = fit(lm.model, batch_at, loss, steps, **dict(learning_rate=3e-3, precision='no') | options, after=after,
+                  checkpoints=kept or folder and Checkpoints(folder, steps=1), state=dict(buffer=buffer))
+    return weights_hash(lm.model), [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in history]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, kind):
+    whole = longer(tmp_path/'whole', **KINDS[kind])
+    def once(): (tmp_path/'end.json').write_text(json.dumps(longer(tmp_path/'kept', pause=0.01, **KINDS[kind])))
+    kills, moments = 0, np.random.default_rng(len(kind))
+    def newest() -> str: return max((path.name for path in (tmp_path/'kept').glob('step-*')), default='')
+    for _ in range(20):
+        before, child = newest(), forked(once)
+        while newest() == before and not (dead := os.waitpid(child, os.WNOHANG)[0]): time.sleep(0.002)
+        if dead: break
+        time.sleep(moments.uniform(0, 0.15))  # between steps, inside one, or inside a save
+        os.kill(child, signal.SIGKILL)
+        kills += ended(child) == -signal.SIGKILL
+        if (tmp_path/'end.json').exists(): break
+    assert kills >= 2 and tuple(json.loads((tmp_path/'end.json').read_text())) == whole
+    last = [load_file(path/'step-00000008'/'rank-00000.safetensors') for path in (tmp_path/'whole', tmp_path/'kept')]
+    assert last[0].keys() == last[1].keys() and all(torch.equal(last[0][name], last[1][name]) for name in last[0])  # averages, too
+
+
+@pytest.mark.parametrize('file', ['rank-00000.safetensors', 'rank-00000.json', 'manifest.json'])
+def test_a_checkpoint_that_went_bad_is_not_resumed(tmp_path, capsys, file):
+    def stop(step, model):
+        if step == 5: raise RuntimeError('dies')
+    whole = longer(None)
+    with pytest.raises(RuntimeError): longer(tmp_path, after=stop)
+    path = tmp_path/'step-00000005'/file
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    assert longer(tmp_path) == whole and f'step-00000005/{file}' in capsys.readouterr().out
+
+
+def test_a_training_that_is_complete_is_not_repeated(tmp_path):
+    def never(step, model): raise AssertionError
+    whole = longer(tmp_path)
+    assert longer(tmp_path, after=never) == whole
+    with pytest.raises(InputError, match='made with steps=8, and now steps is 9'): longer(tmp_path, steps=9)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('step', [0, 3, 7])
+def test_a_signal_lets_the_step_end_and_keeps_it(tmp_path, number, step):
+    reached, handlers = [], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    def after(at, model):
+        reached.append(at)
+        if at == step: signal.raise_signal(number)
+    with pytest.raises(Stopped) as stopped: longer(tmp_path, after=after, kept=Checkpoints(tmp_path))
+    assert stopped.value.number == number and reached == list(range(step + 1))
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    kept, = Checkpoints(tmp_path).found()
+    assert kept.name == f'step-{step + 1:08}' and verified(kept, deep=True)
+    assert longer(tmp_path) == longer(None)
+
+
+def test_a_second_signal_stops_at_once_and_harms_nothing(tmp_path):
+    def after(at, model):
+        for _ in range(2 if at == 3 else 0): signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Stopped): longer(tmp_path, after=after)
+    assert Checkpoints(tmp_path).found()[0].name == 'step-00000003' and longer(tmp_path) == longer(None)
+
+
+def test_without_checkpoints_a_signal_leaves_a_whole_step():
+    lm = model_of(layers=1)
+    packed, hashes = ragged(lm), []
+    def loss(model, batch):
+        if len(hashes) == 2: signal.raise_signal(signal.SIGINT)  # in the midst of a step
+        return plain_loss(model, batch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(lm.model, lambda step: packed.batch([0, 1]), loss, 9, learning_rate=1e-3,
+            after=lambda *_: hashes.append(weights_hash(lm.model)))
+    assert len(hashes) == 3 and weights_hash(lm.model) == hashes[-1]
+
+
+def test_two_processes_go_on_where_both_were(tmp_path):
+    def work(rank: int) -> None:
+        whole = longer(None)
+        def stop(step, model):
+            if step == 4 and rank == 1: signal.raise_signal(signal.SIGTERM)  # one of them hears it, and both stop
+        with pytest.raises(Stopped): longer(tmp_path, after=stop)
+        assert longer(tmp_path) == whole
+    in_two(work)
+    assert Checkpoints(tmp_path).found()[0].name == 'step-00000008'
 
 
 # --- parts of the loop ------------------------------------------------------------------------------------------------------------

@@ -319,7 +319,10 @@ def forward_operations(config: object, rows: int, length: int, predicted: int) -
 
 
 def use(folder: Path, rounds: int = 5) -> dict:
-    "Steps in float32 as a share of the rate of matrix products, which is measured before and after: of a language model, of distillation."
+    """Steps in float32 as a share of the rate of matrix products, which is measured before and after: of a language model, of distillation.
+
+    'least' are the seconds that the products of the contest's off-policy step would take at that rate.
+    """
     shapes = read_json(folder/'shapes.json')
     rows, length = shapes['rows'], shapes['prompt'] + shapes['answer']
     packed = conversations(folder)
@@ -342,8 +345,10 @@ def use(folder: Path, rounds: int = 5) -> dict:
         seconds[case] = np.diff(marks).tolist()
         shares[case] = done/statistics.median(seconds[case][WARM:])
         rates.append(product_rate(size))
-    rate = statistics.median(rates)
-    return summary(seconds, rate=rate, share={case: value/rate for case, value in shares.items()})
+    rate, student = statistics.median(rates), open_model(folder, 'student')
+    least = sum(times*forward_operations(lm.model.config, rows, length, int(batch['count']))
+                for times, lm in ((3, student), (1, teacher)))/rate
+    return summary(seconds, rate=rate, least=least, share={case: value/rate for case, value in shares.items()})
 
 
 def main(what: str, folder: str, settings: str = '{}') -> None:
