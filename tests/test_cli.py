@@ -319,6 +319,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, command, folder):
     assert 'holds no stages of a run; give the folder of a run' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('ends', ['well', 'badly'])
+def test_no_secret_of_the_environment_is_in_anything_that_is_written(notebook, ends):
+    "A run that asks a server where none listens, with the names of secrets that libraries know."
+    secrets = {name: f'secret-{name.lower()}-0123456789' for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'OPENAI_API_KEY')}
+    asks = "from scilm_adapt.endpoint import Endpoint, named\nnamed(Endpoint('http://127.0.0.1:9/v1', retries=0))"
+    small = notebook('print(steps)' if ends == 'well' else asks, DONE)
+    done = scilm(small, 'run', '-o', 'out', env=os.environ | secrets)
+    assert done.returncode == (0 if ends == 'well' else 2), done.stderr
+    written = [path.read_bytes() for path in small.parent.rglob('*') if path.is_file()] + [done.stdout.encode(), done.stderr.encode()]
+    assert len(written) >= 4 and not [name for name, value in secrets.items() if any(value.encode() in text for text in written)]
+
+
 def test_odd_values_and_odd_presets(notebook, tmp_path):
     known = running.read_parameters(notebook(DONE))
     assert running.check_parameters(dict(rate='1e-4', steps='-2'), known, '-p') == dict(rate=1e-4, steps=-2)
