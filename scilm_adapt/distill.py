@@ -136,7 +136,7 @@ class Recipe:
     batch_size: int                    # rows of conversations a step
     context: int                       # tokens in a row
     learning_rate: float               # its peak
-    kind: str = 'forward_kl'           # a key of `divergences`
+    kind: str = 'forward_kl'           # a key of `divergences`; this one can be had of every teacher, jsd is better where it can
     beta: float = 0.5                  # where between the two KL 'jsd' lies
     temperature: float = 1.0
     distil_weight: Weight = 1.0        # of the distance from the teacher; 0 asks no teacher

@@ -1,9 +1,13 @@
 """What every test needs: no network, no display, reproducible examples, and where the checkout is."""
 import os
+import signal
 from pathlib import Path
 
 # Before anything imports torch, transformers or matplotlib; the subprocesses that tests start inherit them.
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
+
+# What a shell starts in the background ignores Ctrl-C, and so would all processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -2,6 +2,7 @@
 import copy
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -260,6 +261,7 @@ def test_the_picture_shows_every_model_on_one_scale(lm):
     meshes = [axis.collections[0] for axis in figure.axes[:2]]
     assert isinstance(figure, Figure) and len({mesh.get_clim() for mesh in meshes}) == 1
     assert [axis.get_title(loc='left').split('\n')[0] for axis in figure.axes[:2]] == ['before', 'after']
+    plt.close(figure)
 
 
 # --- what cannot work
