@@ -93,13 +93,14 @@ def tally(result: dict) -> str:
 # %% ../nbs/30_report.ipynb #e61ff651
 PARTS = dict(loss='loss', lm='papers, next word (nats)', token='tokens of a text apart', contrast='contrast (nats per pair)',
              preference='real against spoilt', distil='divergence from the teacher', retention='papers, next word (nats)')
-NOT_PARTS = {'step', 'learning_rate', 'grad_norm', 'tokens_per_second'}
+NOT_PARTS = {'step', 'learning_rate', 'grad_norm', 'tokens_per_second', 'skipped'}  # nor are looks at the student's answers
 
 
 def read_history(run: Run, name: str) -> pd.DataFrame:
     "The training history of models/`name` of a run: a row for each step, a column for the loss and each of its parts."
     history = pd.DataFrame(read_json(run.folder/'models'/name/'history.json')).set_index('step')
-    return history[[column for column in history if column not in NOT_PARTS]].astype(float)
+    parts = [column for column in history if column not in NOT_PARTS and not column.startswith(('watch_', 'rolled_'))]
+    return history[parts].astype(float)
 
 
 def loss_curves(run: Run, name: str) -> Figure:
