@@ -30,7 +30,7 @@ from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
 from .remote import remote_targets
 from .rollouts import OnPolicy, Replay, contrast_weight, documents_in, fitting, on_policy_batches
-from .runs import InputError, Run, content_hash, say, stage, write_json
+from .runs import InputError, Run, content_hash, say, stage, tidy, write_json
 from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
                                  open_cache)
 from .tokens import USEFUL, Packed, batch_rows, encode_chat, pack, store_tokens, tokenizer_hash
@@ -344,5 +344,7 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
     first = run.folder/'models'/'contrast'
     parents = [corpus.folder, chats.folder, *([first] if first.is_dir() else [])]
     folder = stage(run, 'models/distilled', config, make, parents, resumable=True)
-    shutil.rmtree(run.folder/'models'/'distilled-good', ignore_errors=True)  # what is finished needs no weights on the way
+    good = run.folder/'models'/'distilled-good'  # what is finished needs no weights on the way
+    tidy(good)
+    shutil.rmtree(good, ignore_errors=True)
     return replace(load(folder, next(student.model.parameters()).device), name='distilled')

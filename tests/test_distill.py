@@ -499,3 +499,10 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_weights(student, teach
     with pytest.raises(Collapse, match='step .*Lower the learning rate'):
         train(run, helper, teacher, **data, **SETTINGS | dict(steps=40, watch=2, learning_rate=5.0, retention_weight=0.0))
     assert not (run.folder/'models'/'distilled').exists()
+
+
+def test_what_a_process_left_that_was_killed_at_a_look_is_swept_up(student, teacher, data, tmp_path):
+    left = tmp_path/'models'/'.distilled-good.4194305'  # no process has this number
+    left.mkdir(parents=True)
+    train(Run(tmp_path), student, teacher, **data, **SETTINGS)
+    assert [path.name for path in left.parent.iterdir()] == ['distilled']

@@ -412,7 +412,7 @@ def longer(folder: Path | None, steps: int = 8, pause: float = 0.0, after=None, 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, kind):
     whole = longer(tmp_path/'whole', **KINDS[kind])
-    def once(): (tmp_path/'end.json').write_text(json.dumps(longer(tmp_path/'kept', pause=0.01, **KINDS[kind])))
+    def once(): (tmp_path/'end.json').write_text(json.dumps(longer(tmp_path/'kept', pause=0.1, **KINDS[kind])))
     kills, moments = 0, np.random.default_rng(len(kind))
     def newest() -> str: return max((path.name for path in (tmp_path/'kept').glob('step-*')), default='')
     for _ in range(20):
