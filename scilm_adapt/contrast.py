@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from . import preference as preferences
@@ -24,7 +23,7 @@ from .pairs import Pairs, check_pairs, embed, info_nce, pair_batch, pair_loss, p
 from .papers import Corpus, document
 from .preference import Pair, Preference, check_preference, preference_batch, preference_loss, preference_part  # noqa: F401
 from .runs import InputError, Run, say, stage, write_json
-from .tokens import USEFUL, Packed, batch_rows, pack, store_tokens, tokenizer_hash
+from .tokens import USEFUL, Packed, batch_rows, documents_in, pack, store_tokens, tokenizer_hash
 from .training import fit, keep_history, lm_loss, lora
 
 # %% ../nbs/16_contrast.ipynb #6d09d94d
@@ -106,8 +105,8 @@ def batch_maker(packed: Packed, recipe: Recipe, pairs_at: Callable[[int], dict] 
 
 def papers_at(packed: Packed, records: Sequence[dict], recipe: Recipe, step: int) -> list[str]:
     "The ids of the papers that are read in a step, so that an error can name them."
-    rows = packed.arrays(batch_rows(len(packed), recipe.batch_size, step, recipe.seed))
-    return [str(records[int(number)]['id']) for number in np.unique(rows['documents'][rows['segments'] > 0])]
+    numbers = documents_in(packed, batch_rows(len(packed), recipe.batch_size, step, recipe.seed))
+    return [str(records[number]['id']) for number in sorted({*numbers})]
 
 # %% ../nbs/16_contrast.ipynb #c48b3b2c
 def train(run: Run, student: LanguageModel, corpus: Corpus, **settings) -> LanguageModel:

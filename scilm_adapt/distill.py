@@ -29,11 +29,11 @@ from .models import LanguageModel, hidden_states, load, same_vocabulary, save, w
 from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
 from .remote import remote_targets
-from .rollouts import OnPolicy, Replay, contrast_weight, documents_in, fitting, on_policy_batches
+from .rollouts import OnPolicy, Replay, contrast_weight, fitting, on_policy_batches
 from .runs import InputError, Run, content_hash, say, stage, tidy, write_json
 from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
                                  open_cache)
-from .tokens import USEFUL, Packed, batch_rows, encode_chat, pack, store_tokens, tokenizer_hash
+from .tokens import USEFUL, Packed, batch_rows, documents_in, encode_chat, pack, store_tokens, tokenizer_hash
 from .training import fit, keep_history, lora, target_states
 
 # %% ../nbs/28_distill.ipynb #894a9304
@@ -254,9 +254,10 @@ def batches(learner: LanguageModel, chats: list[dict], conversations: Packed, sc
     return batch_at
 
 
-def records_at(chats: list[dict], conversations: Packed, papers: list[dict], science: Packed | None, recipe: Recipe,
+def records_at(learnt: Callable[[], list[dict]], conversations: Packed, papers: list[dict], science: Packed | None, recipe: Recipe,
                step: int) -> list[str]:
     "The conversations, and the ids of the papers, that are learnt in a step, so that an error can name them."
+    chats = learnt()
     def documents(rows: Packed, number: int) -> list[int]:
         return sorted({*documents_in(rows, batch_rows(len(rows), number, step, recipe.seed))})
     named = [f"{chats[n]['kind']} of {chats[n]['paper_id']}" for n in documents(conversations, recipe.batch_size)]
@@ -293,18 +294,18 @@ def learn(student: LanguageModel, pupil: LanguageModel, guide: Teacher | None, c
 
 # %% ../nbs/28_distill.ipynb #4a157e72
 def material(run: Run, pupil: LanguageModel, teacher: LanguageModel | Endpoint | None, base: LanguageModel | None, chats: list[dict],
-             recipe: Recipe) -> tuple[list[dict], Packed, Teacher | None]:
-    "The conversations to learn, one for each document of the same packed, and who judges the student on them (None: nobody)."
+             recipe: Recipe) -> tuple[Packed, Teacher | None, Callable[[], list[dict]]]:
+    "The conversations to learn, packed, who judges the student on them (None: nobody), and what gives the chat of each of them."
     if isinstance(teacher, Endpoint) and recipe.distil_weight:
         folder = run.folder/f'.answers-{content_hash([teacher.url, teacher.model, recipe.cache, recipe.context])[:12]}'
         said = remote_targets(folder, teacher, pupil.tokenizer, chats, recipe.cache or 20, recipe.context)
-        return said.chats, said.packed, said.cache
+        return said.packed, said.cache, lambda: said.chats
     conversations = pack_chats(pupil.tokenizer, chats, recipe.context)
-    kept = fitting(pupil.tokenizer, chats, conversations)
-    if not recipe.distil_weight: return kept, conversations, None
+    packed = partial(fitting, pupil.tokenizer, chats, conversations)
+    if not recipe.distil_weight: return conversations, None, packed
     guide = chosen(recipe, pupil, teacher, base, chats)
     if recipe.cache: guide = written_down(run, guide, conversations, recipe.cache, recipe.temperature, recipe.seed)
-    return kept, conversations, guide
+    return conversations, guide, packed
 
 
 def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | None, chats: Chats, corpus: Corpus, *,
@@ -328,12 +329,12 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
                  'the papers': chats.valid[:150]}
         write_json(folder/'advantage.json', {about: teacher_advantage(pupil, local, questions, recipe.context, about=about)
                                              for about, questions in asked.items() if questions and local})
-        kept, conversations, guide = material(run, pupil, teacher, base, chats.train, recipe)
+        conversations, guide, learnt = material(run, pupil, teacher, base, chats.train, recipe)
         science, papers = None, corpus.science['train']
         if recipe.retention_weight or recipe.reference_weight:
             texts = map(document, papers)  # stage 1 made these tokens already, unless it was left out
             science = pack(store_tokens(run, 'tokens', texts, pupil.tokenizer, [corpus.folder]), recipe.context, share=USEFUL)
-        names = partial(records_at, kept, conversations, papers, science, recipe)
+        names = partial(records_at, learnt, conversations, papers, science, recipe)
         model, history = learn(student, pupil, guide, chats, conversations, science, recipe, run.folder/'models'/'distilled-good', scratch,
                                names)
         save(replace(pupil, model=model), folder)

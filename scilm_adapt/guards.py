@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOPS', 'FEWER', 'CALM', 'LOOPING', 'SURE', 'UNSURE', 'WORSE', 'SLACK', 'rules', 'answered', 'judged', 'Look', 'look',
            'at', 'stops', 'loops', 'sure_of_itself', 'sure_of_nothing', 'away_from_teacher', 'no_number', 'suspicious',
-           'collapsed', 'Collapse', 'keep_good', 'first_process', 'fitting', 'Watch', 'watch']
+           'collapsed', 'Collapse', 'keep_good', 'fitting', 'Watch', 'watch']
 
 # %% ../nbs/26_guards.ipynb #d8c540f3
 import copy
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoints import ranks
 from .decoding import repetition
 from .divergence import chunk_size, head_of
 from .generate import Answer, chat_prompt, halt_ids, plain, respond
@@ -180,12 +181,6 @@ def keep_good(lm: LanguageModel, folder: str | Path, looks: list[Look]) -> None:
         write_json(aside/'looks.json', [asdict(one) for one in looks])
 
 
-def first_process() -> bool:
-    "Whether this is the one process, or the first of several: the one that writes."
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not several or torch.distributed.get_rank() == 0
-
-
 def fitting(student: LanguageModel, chats: list[dict], number: int, max_new_tokens: int) -> list[dict]:
     "At most `number` of the conversations, evenly spread, that the student can read and answer; InputError if there are none."
     sizes = [(len(encode_chat(student.tokenizer, chat['messages'])[0]),
@@ -223,7 +218,7 @@ class Watch:
             raise Collapse(f'The training collapsed at step {step}: {why}; {kept}. Lower the learning rate, or give more weight to '
                            f'answers that are given.', self.looks)
         if not suspicious(self.looks):
-            if first_process(): keep_good(lm, self.folder, self.looks)
+            if ranks()[0] == 0: keep_good(lm, self.folder, self.looks)
             self.good.append(step)
         return {f'watch_{name}': value for name, value in asdict(self.looks[-1]).items()
                 if value is not None and name not in ('step', 'highest') and math.isfinite(value)}

@@ -7,7 +7,7 @@ __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'CHATML', 'USEFUL', 'train_
            'as_content', 'batches', 'tokenised', 'encode_stream', 'encode_many', 'encode', 'document_ends',
            'encode_documents', 'encode_document', 'render', 'encode_chat', 'end_of_turn', 'Tokens', 'write_tokens',
            'read_tokens', 'reading_of', 'tokenizer_hash', 'store_tokens', 'Gaps', 'best_fit', 'pour', 'Packed', 'runs',
-           'laid_out', 'pack', 'shuffled', 'batch_rows', 'pad']
+           'laid_out', 'pack', 'documents_in', 'shuffled', 'batch_rows', 'pad']
 
 # %% ../nbs/06_tokens.ipynb #4fd9ae5b
 import json
@@ -369,6 +369,11 @@ def pack(documents: list[list[int]] | Tokens, length: int, masks: list[list[int]
     order = np.lexsort((-lengths, row_of))  # row by row, the longest first
     rows = np.searchsorted(row_of[order], np.arange(row_of.max() + 2))
     return Packed(tokens, length, starts[order], lengths[order], owners[order], rows, learnt)
+
+
+def documents_in(packed: Packed, rows: list[int]) -> list[int]:
+    "The numbers of the documents in these rows, in order; one that was cut may stand there more than once."
+    return [int(n) for row in rows for n in packed.owners[packed.rows[row]:packed.rows[row + 1]]]
 
 # %% ../nbs/06_tokens.ipynb #86897382
 @lru_cache(maxsize=2)

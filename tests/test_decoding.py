@@ -10,6 +10,7 @@ from scipy.stats import chisquare
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation import MinPLogitsWarper, TopPLogitsWarper
+from world import loud, prompts_of
 
 from scilm_adapt import decoding
 from scilm_adapt.decoding import (
@@ -22,19 +23,9 @@ from scilm_adapt.decoding import (
     repetition,
     sample,
 )
-from scilm_adapt.models import families, tiny
+from scilm_adapt.models import families
 from scilm_adapt.runs import InputError
-from scilm_adapt.tokens import encode, pad
-
-TEXTS = ('Heat flows.', 'Light is a wave and a particle, and both of them at once; which of them depends on the question that one asks.',
-         'Sound.', 'Salt dissolves in water, and iron does not.', 'Glass breaks.')
-
-
-def loud(family: str = 'llama', **sizes):
-    "An untrained model that does not repeat a single token: its weights are larger than usual."
-    lm = tiny(TEXTS, family, hidden=32, **sizes)
-    for parameter in lm.model.parameters(): parameter.data *= 4
-    return lm
+from scilm_adapt.tokens import pad
 
 
 @pytest.fixture(scope='module', params=families(1, 1, 1, 1, 1))
@@ -45,9 +36,6 @@ def babbler(request):
 @pytest.fixture(scope='module')
 def lm():
     return loud()
-
-
-def prompts_of(lm): return [encode(lm.tokenizer, text) for text in TEXTS]
 
 
 class Flat(nn.Module):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import GenerationConfig
+from world import BABBLE, loud, prompts_of
 
 from scilm_adapt import decoding
 from scilm_adapt.decoding import DECODERS
@@ -10,16 +11,6 @@ from scilm_adapt.generate import Answer, chat_prompt, continuations, halt_ids, r
 from scilm_adapt.models import families, tiny
 from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import DOCUMENT_END, TURN_END, TURN_START, control_tokens, document_ends, encode, pad
-
-TEXTS = ('Heat flows.', 'Light is a wave and a particle, and both of them at once; which of them depends on the question that one asks.',
-         'Sound.', 'Salt dissolves in water, and iron does not.', 'Glass breaks.')
-
-
-def loud(family: str = 'llama', **sizes):
-    "An untrained model that does not repeat a single token: its weights are larger than usual."
-    lm = tiny(TEXTS, family, hidden=32, **sizes)
-    for parameter in lm.model.parameters(): parameter.data *= 4
-    return lm
 
 
 @pytest.fixture(scope='module', params=families(1, 1, 1, 1, 1))
@@ -30,9 +21,6 @@ def babbler(request):
 @pytest.fixture(scope='module')
 def lm():
     return loud()
-
-
-def prompts_of(lm): return [encode(lm.tokenizer, text) for text in TEXTS]
 
 
 @torch.no_grad()
@@ -90,7 +78,7 @@ def test_streamed_and_batched_answers_agree(babbler):
 def test_the_last_places_of_the_context_can_be_used():
     for family in families(1, 1, 1, 1, 1):
         lm = loud(family, context=48)
-        prompts = [encode(lm.tokenizer, TEXTS[1])[:38], encode(lm.tokenizer, TEXTS[0])[:4]]
+        prompts = [encode(lm.tokenizer, BABBLE[1])[:38], encode(lm.tokenizer, BABBLE[0])[:4]]
         assert [answer.ids for answer in respond(lm, prompts, 10)] == [naive(lm, prompt, 10) for prompt in prompts]
 
 
@@ -110,7 +98,7 @@ def test_settings_of_the_model_folder_do_not_act_and_are_kept(lm):
 # --- where an answer ends
 
 def test_stops_and_halts_come_from_the_template():
-    lm = tiny(TEXTS)
+    lm = tiny(BABBLE)
     names = lm.tokenizer.convert_ids_to_tokens
     assert names(stop_ids(lm)) == [DOCUMENT_END, TURN_END] and names(halt_ids(lm)) == [DOCUMENT_END, TURN_START, TURN_END]
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"  # ends with mere text

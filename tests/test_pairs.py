@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed
+from world import two_processes
 
 from scilm_adapt.models import build, families, tiny
 from scilm_adapt.pairs import (
@@ -486,17 +486,7 @@ def work(folder: Path) -> None:
 def together(tmp_path_factory) -> Path:
     "The folder in which two processes left what they found."
     folder = tmp_path_factory.mktemp('processes')
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port), __file__, 'work', folder]
-    settings = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true')
-    launched = subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True)
-    try: told = launched.communicate(timeout=240)[1]
-    except subprocess.TimeoutExpired:  # they wait for each other: torchrun ends them when it is asked to
-        launched.terminate()
-        told = launched.communicate()[1]
-    assert launched.returncode == 0, told[-3000:]
+    two_processes(__file__, 'work', folder)
     return folder
 
 

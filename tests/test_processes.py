@@ -2,8 +2,6 @@
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
+from world import WORDS, two_processes
 
 from scilm_adapt.distill import batch_maker, distil_loss
 from scilm_adapt.models import LanguageModel, build
@@ -20,7 +19,6 @@ from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokeniz
 from scilm_adapt.training import LossModule, adamw, fit, micro_batches, schedule
 
 torch.set_num_threads(1)
-WORDS = 'heat light salt iron wave cold warm slow metal field flow air'.split()
 # Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way.
 CASES = dict(
     even=dict(rows=4, papers=4, micro_batch=None, bits=64, kind='forward_kl'),
@@ -95,17 +93,7 @@ def work(folder: Path) -> None:
 def together(tmp_path_factory) -> Path:
     "The folder in which two processes left what they found."
     folder = tmp_path_factory.mktemp('processes')
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port), __file__, folder]
-    settings = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true')
-    launched = subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True)
-    try: told = launched.communicate(timeout=240)[1]
-    except subprocess.TimeoutExpired:  # they wait for each other: torchrun ends them when it is asked to
-        launched.terminate()
-        told = launched.communicate()[1]
-    assert launched.returncode == 0, told[-3000:]
+    two_processes(__file__, folder)
     return folder
 
 
