@@ -24,7 +24,7 @@ from .papers import Corpus, document
 from .preference import Pair, Preference, check_preference, preference_batch, preference_loss, preference_part  # noqa: F401
 from .runs import InputError, Run, say, stage, write_json
 from .tokens import USEFUL, Packed, batch_rows, documents_in, pack, store_tokens, tokenizer_hash
-from .training import fit, keep_history, lm_loss, lora
+from .training import Trackers, fit, keep_history, lm_loss, lora, trackers_of
 
 # %% ../nbs/16_contrast.ipynb #6d09d94d
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Recipe:
     rank: int = 0                      # of LoRA's matrices; 0 trains all weights
     gradient_checkpointing: bool = False
     micro_batch: int | None = None     # rows computed at once; results do not depend on it
+    trackers: str = ''                 # of Accelerate, such as 'tensorboard wandb', to which every step is told
     seed: int = 0
 
     @property
@@ -66,6 +67,7 @@ def check_recipe(recipe: Recipe, student: LanguageModel) -> None:
         raise InputError(f"The tokenizer of '{student.name}' has no token that fills rows up; set tokenizer.pad_token = "
                          f"tokenizer.eos_token, or set contrast_weight and preference_weight to 0.")
     if recipe.preference_weight: check_preference(recipe.preference, min(recipe.context, student.context))
+    trackers_of(recipe.trackers)
     check_memory(student)
 
 # %% ../nbs/16_contrast.ipynb #77e554cd
@@ -137,11 +139,12 @@ def train(run: Run, student: LanguageModel, corpus: Corpus, **settings) -> Langu
         history = fit(model, batch_maker(packed, told, pairs_at, preferred), contrast_loss(told), recipe.steps,
                       learning_rate=recipe.learning_rate, seed=recipe.seed, micro_batch=recipe.micro_batch,
                       gradient_checkpointing=recipe.gradient_checkpointing, checkpoints=Checkpoints(scratch),
-                      records_at=partial(papers_at, packed, records, recipe), description='contrast')
+                      records_at=partial(papers_at, packed, records, recipe), description='contrast',
+                      trackers=Trackers(trackers_of(recipe.trackers), run.folder/'trackers', asdict(recipe)))
         trained = replace(student, model=merge() if merge else model)
         save(trained, folder)
         keep_history(folder, history)
         write_json(folder/'geometry.json', dict(before=before, after=probed(trained)))
-    config = asdict(recipe) | dict(student=weights_hash(student.model), tokenizer=tokenizer_hash(student.tokenizer))
+    config = asdict(replace(recipe, trackers='')) | dict(student=weights_hash(student.model), tokenizer=tokenizer_hash(student.tokenizer))
     folder = stage(run, 'models/contrast', config, make, [corpus.folder], resumable=True)
     return replace(load(folder, next(student.model.parameters()).device), name='contrast')

@@ -34,7 +34,7 @@ from .runs import InputError, Run, content_hash, say, stage, tidy, write_json
 from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
                                  open_cache)
 from .tokens import USEFUL, Packed, batch_rows, documents_in, encode_chat, pack, store_tokens, tokenizer_hash
-from .training import fit, keep_history, lora, target_states
+from .training import Trackers, fit, keep_history, lora, target_states, trackers_of
 
 # %% ../nbs/28_distill.ipynb #894a9304
 def pack_chats(tokenizer, chats: list[dict], context: int) -> Packed:
@@ -154,6 +154,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     watch: int = 25                    # steps from one look at the student's answers to the next; 0 takes none
     micro_batch: int | None = None     # rows computed at once; results do not depend on it
+    trackers: str = ''                 # of Accelerate, such as 'tensorboard wandb', to which every step is told
     seed: int = 0
 
 
@@ -166,6 +167,7 @@ def check_recipe(recipe: Recipe, pupil: LanguageModel, teacher: LanguageModel | 
     "InputError, naming the setting to change, for what cannot work together."
     if teacher is None and recipe.distil_weight:
         raise InputError('There is no teacher to learn a distribution from; give one, or set distil_weight to 0 to learn its answers only.')
+    trackers_of(recipe.trackers)
     for name in ('rank', 'watch', 'warm_up'):
         if (getattr(recipe, name) or 0) < 0: raise InputError(f'{name} is {getattr(recipe, name)}; give a positive number, or 0 for none.')
     if not all(map(math.isfinite, (weight_at(recipe.shift, step, 2) for step in (0, 1)))):
@@ -266,10 +268,10 @@ def records_at(learnt: Callable[[], list[dict]], conversations: Packed, papers: 
 
 
 def learn(student: LanguageModel, pupil: LanguageModel, guide: Teacher | None, chats: Chats, conversations: Packed, science: Packed | None,
-          recipe: Recipe, keep: Path, scratch: Path, names: Callable[[int], list[str]]) -> tuple[PreTrainedModel, list[dict]]:
+          recipe: Recipe, run: Run, scratch: Path, names: Callable[[int], list[str]]) -> tuple[PreTrainedModel, list[dict]]:
     """A copy of `student` trained by the recipe, and the history.
 
-    The weights of the last good look at it are kept in the folder `keep`, the checkpoints in `scratch`; `names(step)` are the records.
+    The weights of the last good look at it are kept in the run's folder, the checkpoints in `scratch`; `names(step)` are the records.
     """
     model = copy.deepcopy(student.model).float()  # small steps are lost in 16-bit weights
     model, merge = lora(model, recipe.rank, seed=recipe.seed) if recipe.rank else (model, lambda: model)
@@ -277,7 +279,7 @@ def learn(student: LanguageModel, pupil: LanguageModel, guide: Teacher | None, c
     warm_up = short_of_ends(learner, chats, recipe)
     replay = Replay(own.replay, own.share) if own and own.replay else None
     every = recipe.watch or (max(1, steps//10) if replay else 0)  # the buffer's share follows what is seen of held-out answers
-    look = watch(learner, guide, chats.valid, every, keep, steps) if every else None
+    look = watch(learner, guide, chats.valid, every, run.folder/'models'/'distilled-good', steps) if every else None
     def after(step: int, model: torch.nn.Module) -> dict:
         numbers = look(step, model) or {} if look else {}
         if replay and 'watch_kl' in numbers: numbers['rolled_share_next'] = replay.raise_share(numbers['watch_kl'])
@@ -289,7 +291,8 @@ def learn(student: LanguageModel, pupil: LanguageModel, guide: Teacher | None, c
     state = {name: part for name, part in dict(replay=replay, watch=look).items() if part is not None}
     history = fit(model, batch_at, loss, steps, learning_rate=recipe.learning_rate, seed=recipe.seed, micro_batch=recipe.micro_batch,
                   gradient_checkpointing=recipe.gradient_checkpointing, after=after, checkpoints=Checkpoints(scratch), state=state,
-                  records_at=names, description='distil')
+                  records_at=names, description='distil',
+                  trackers=Trackers(trackers_of(recipe.trackers), run.folder/'trackers', asdict(recipe)))
     return merge(), history
 
 # %% ../nbs/28_distill.ipynb #4a157e72
@@ -335,13 +338,12 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
             texts = map(document, papers)  # stage 1 made these tokens already, unless it was left out
             science = pack(store_tokens(run, 'tokens', texts, pupil.tokenizer, [corpus.folder]), recipe.context, share=USEFUL)
         names = partial(records_at, learnt, conversations, papers, science, recipe)
-        model, history = learn(student, pupil, guide, chats, conversations, science, recipe, run.folder/'models'/'distilled-good', scratch,
-                               names)
+        model, history = learn(student, pupil, guide, chats, conversations, science, recipe, run, scratch, names)
         save(replace(pupil, model=model), folder)
         keep_history(folder, history)
     prints = {name: lm and weights_hash(lm.model) for name, lm in dict(student=student, teacher=local, base=base).items()}
     server = dict(server=[teacher.url, teacher.model]) if isinstance(teacher, Endpoint) else {}
-    config = asdict(recipe) | prints | server | dict(tokenizer=tokenizer_hash(pupil.tokenizer))
+    config = asdict(replace(recipe, trackers='')) | prints | server | dict(tokenizer=tokenizer_hash(pupil.tokenizer))
     first = run.folder/'models'/'contrast'
     parents = [corpus.folder, chats.folder, *([first] if first.is_dir() else [])]
     folder = stage(run, 'models/distilled', config, make, parents, resumable=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .generate import Answer
-from .runs import InputError, content_hash, progress
+from .runs import InputError, content_hash, hashed, progress
 
 # %% ../nbs/17_endpoint.ipynb #9a04a153
 @dataclass(frozen=True)
@@ -117,14 +117,16 @@ def defuse(text: str) -> str:
 
 # %% ../nbs/17_endpoint.ipynb #8e7744eb
 def finished(file: str | Path) -> dict[str, dict]:
-    "The answers in a file of `appending`, by the hash of what was asked; lines that are torn, foreign, or tell of an error are left out."
-    rows = {}
+    "The answers in a file of `appending`, by the hash of what was asked; lines that are torn, changed, or tell of an error are left out."
+    rows, changed = {}, 0
     if not Path(file).exists(): return rows
     with open(file, encoding='utf-8', errors='replace', newline='\n') as lines:
         for line in lines:
             try: row = json.loads(line)
-            except ValueError: continue
-            if isinstance(row, dict) and 'key' in row and 'text' in row and line.endswith('\n'): rows[row['key']] = row
+            except ValueError: row = None
+            if not (isinstance(row, dict) and 'key' in row and hashed(row) == row): changed += line.endswith('\n')
+            elif 'text' in row: rows[row['key']] = {name: value for name, value in row.items() if name != 'hash'}
+    if changed: print(f'  {file}: {changed} lines are not what was written, and are asked again', flush=True)
     return rows
 
 
@@ -139,7 +141,7 @@ def appending(file: str | Path | None) -> Iterator:
         lines.seek(0)
         lines.truncate(sum(len(line) for line in lines if line.endswith(b'\n')))
         def append(row: dict) -> None:
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+            lines.write(json.dumps(hashed(row), ensure_ascii=False).encode() + b'\n')
             lines.flush()
             os.fsync(lines.fileno())
         yield append

@@ -21,7 +21,7 @@ from .instruct import Chats
 from .intervals import difference_interval, rate_difference_interval, rate_interval, ratio_interval, verdict
 from .models import LanguageModel, parameter_count, weights_hash
 from .papers import Corpus, document
-from .runs import InputError, Run, content_hash, read_json, say, stage, write_json
+from .runs import InputError, Run, content_hash, hashed, read_json, say, stage, write_json
 from .tokens import document_ends, encode, encode_chat
 from .training import document_nats
 
@@ -93,9 +93,9 @@ def recorded(file: Path | None, make: Callable[[], object]) -> object:
     try: found = read_json(file)
     except FileNotFoundError: found = None
     except (OSError, ValueError): found = {}
-    if isinstance(found, dict) and 'value' in found and content_hash(found['value']) == found.get('hash'): return found['value']
+    if isinstance(found, dict) and 'value' in found and hashed(found) == found: return found['value']
     if found is not None: print(f'  {file.name} is not what was written; measured again', flush=True)
-    write_json(file, dict(value=(value := make()), hash=content_hash(value)))
+    write_json(file, hashed(dict(value=(value := make()))))
     return value
 
 

@@ -562,8 +562,8 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: 
     must not be in a conversation ('' = none). InputError when a split yields none.
     """
     say('instruct: questions out of the papers, answers by the papers and the teacher')
-    chosen, file = kinds_of(kinds, mined_kinds), run.folder/'.chats.answers.jsonl'
-    def make(folder: Path) -> None:
+    chosen = kinds_of(kinds, mined_kinds)
+    def make(folder: Path, scratch: Path) -> None:
         counts, exam = {}, Evaluation(read_evaluation([evaluation]) if evaluation else [])
         for name, most in dict(train=conversations, valid=held_out, test=held_out).items():
             papers, refusals = corpus.science[name], Counter()
@@ -573,7 +573,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: 
             if name == 'train' and teacher_answers:
                 first, wanted = chats[:teacher_answers], {chat['paper_id'] for chat in chats[:teacher_answers]}
                 known = {paper['id']: paper for paper in papers if paper['id'] in wanted}
-                first, refusals = answered(teacher, first, known, context, seed, file)
+                first, refusals = answered(teacher, first, known, context, seed, scratch/'answers.jsonl')
                 chats = first + chats[teacher_answers:]
             chats, leaks = decontaminate(chats, exam)
             write_text(folder/f'{name}.jsonl', ''.join(json.dumps(chat) + '\n' for chat in chats))
@@ -583,8 +583,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: 
     config = dict(teacher=weights_hash(teacher.model), tokenizer=tokenizer_hash(teacher.tokenizer),
                   conversations=conversations, teacher_answers=teacher_answers, held_out=held_out, context=context, seed=seed, kinds=chosen,
                   evaluation=source_hash(evaluation) if evaluation else '')
-    folder = stage(run, 'chats', config, make, parents=[corpus.folder])
-    file.unlink(missing_ok=True)
+    folder = stage(run, 'chats', config, make, [corpus.folder], resumable=True)
     counts = read_json(folder/'report.json')['train']
     authors, found = counts['authors'], ', '.join(f'{name} {n:,}' for name, n in counts['refused'].items())
     print(f"  {sum(authors.values()):,} training conversations: {authors.get('teacher', 0):,} answered by the teacher "

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jinja2 import TemplateError
 
 from .alignment import PLAIN, answer_places, check_lossless, common_tokens
 from .generate import chat_prompt, respond
@@ -34,7 +33,7 @@ def compared(check: str, student: LanguageModel, teacher: LanguageModel | None, 
     seen, remedies, models = {}, [problem] if problem else [], dict(student=student, teacher=teacher)
     for role, lm in models.items():
         try: seen[role] = '' if lm is None else of(lm)
-        except (InputError, TemplateError) as error: remedies.append(f"'{lm.name}': {error}")
+        except InputError as error: remedies.append(f"'{lm.name}': {error}")
     if unequal and teacher is not None and len(seen) == 2 and seen['student'] != seen['teacher']: remedies.append(unequal)
     texts = {role: '' if lm is None else 'missing' if seen.get(role) is None else show(seen[role]) for role, lm in models.items()}
     return dict(check=check, **texts, ok=not remedies, remedy=' '.join(remedies), note='')
@@ -109,7 +108,7 @@ def shares(student: LanguageModel, teacher: LanguageModel) -> dict[str, float] |
     "Of either model's tokens, by its name, the share that the other has as well; None where a turn cannot be ended."
     if template_problem(student, teacher, '?'): return None
     try: pairs = len(common_tokens(student.tokenizer, teacher.tokenizer).own)
-    except (InputError, TemplateError): return None
+    except InputError: return None
     return dict(student=pairs/len(student.tokenizer.get_vocab()), teacher=pairs/len(teacher.tokenizer.get_vocab()))
 
 # %% ../nbs/24_preflight.ipynb #2ae11e7f
@@ -183,7 +182,7 @@ def show_table(lines: list[dict], student: LanguageModel, teacher: LanguageModel
     print('\n'.join('  ' + '  '.join(f'{text:{width}}' for text, width in zip(row, widths)).rstrip() for row in table))
     for role, lm in zip(roles, (student, teacher)):
         try: print(f'  the {role} reads: {rendered(lm, messages)}')
-        except (InputError, TemplateError): print(f'  the {role} reads: nothing')
+        except InputError: print(f'  the {role} reads: nothing')
     if teacher is not None and not same_vocabulary(student.tokenizer, teacher.tokenizer):
         print('  The tokenizers differ: the teacher is laid beside the student byte by byte (alignment.AlignedTeacher).')
 

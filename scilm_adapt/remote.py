@@ -16,8 +16,8 @@ import numpy as np
 
 from .alignment import answer_places, byte_ends, check_lossless, meanings
 from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, send
-from .runs import InputError, content_hash, write_json
-from .teacher import CachedTeacher, damage, data_hash, noted, open_cache, read_about, record, refuse_stale, write_shard
+from .runs import InputError, content_hash, hashed, write_json
+from .teacher import CachedTeacher, damage, data_hash, open_cache, read_about, record, refuse_stale, write_shard
 from .tokens import Packed, encode_chat, pack, reading_of
 
 # %% ../nbs/23_remote.ipynb #2ba53aeb
@@ -218,7 +218,7 @@ def write_targets(folder: Path, done: list[Translated], packed: Packed, made: di
     for old in folder.glob('*shard-*'): old.unlink()
     file = folder/'shard-00000.bin'
     shard = write_shard(file, records_of(done, made['k'], made['rows'])) | dict(seen=seen_in(done))
-    write_json(folder/'targets.json', noted(dict(made=wanted, complete=True, shards={file.name: shard})))
+    write_json(folder/'targets.json', hashed(dict(made=wanted, complete=True, shards={file.name: shard})))
     return open_cache(folder, packed)
 
 # %% ../nbs/23_remote.ipynb #b4fe6463

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['keepers', 'Teacher', 'OpenTeacher', 'open_loss', 'LiveTeacher', 'ShiftedTeacher', 'drawn', 'keep_sampled', 'keep_top',
-           'record', 'numbered', 'addresses', 'data_hash', 'shards_of', 'uniforms', 'looked_at', 'asked', 'noted',
-           'read_about', 'refuse_stale', 'damage', 'write_shard', 'build_cache', 'open_cache', 'CachedTeacher']
+           'record', 'numbered', 'addresses', 'data_hash', 'shards_of', 'uniforms', 'looked_at', 'asked', 'read_about',
+           'refuse_stale', 'damage', 'write_shard', 'build_cache', 'open_cache', 'CachedTeacher']
 
 # %% ../nbs/22_teacher.ipynb #ead66a48
 import hashlib
@@ -22,7 +22,7 @@ import torch
 from .alignment import AlignedTeacher
 from .divergence import Head, chunk_size, common_rows, divergences, floored, head_loss, head_of, loss_rows, sparse_loss
 from .models import LanguageModel, hidden_states, mixed_precision, shared_vocabulary, weights_hash
-from .runs import InputError, content_hash, file_hash, progress, read_json, rng, write_json
+from .runs import InputError, content_hash, file_hash, hashed, progress, read_json, rng, write_json
 from .tokens import Packed, Tokens, best_fit, reading_of
 from .training import target_states
 
@@ -263,19 +263,13 @@ def asked(teacher: OpenTeacher, packed: Packed, numbers: Packed, k: int, how: st
     return records, {name: np.asarray(value).tolist() for name, value in seen.items()}
 
 # %% ../nbs/22_teacher.ipynb #48bf913c
-def noted(about: dict) -> dict:
-    "The same with a hash of all the rest as its 'key', by which a changed file is known."
-    rest = {name: value for name, value in about.items() if name != 'key'}
-    return rest | dict(key=content_hash(rest))
-
-
 def read_about(folder: Path) -> dict:
     "What targets.json in a cache's folder says; InputError when it is missing or was changed."
     file = Path(folder)/'targets.json'
     try: about = read_json(file)
     except FileNotFoundError: raise InputError(f'{file}: there is no such cache; make it with teacher.build_cache.') from None
     except (OSError, ValueError): about = None
-    if not isinstance(about, dict) or noted(about) != about:
+    if not isinstance(about, dict) or hashed(about) != about:
         raise InputError(f'{file}: this file is damaged; remove the folder, and build_cache makes the cache anew.')
     return about
 
@@ -335,7 +329,7 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
         records, seen = asked(teacher, part, numbers, k, how, seed, temperature, size)
         about['shards'][file.name] = write_shard(file, records) | dict(seen=seen)
         about['complete'] = len(about['shards']) == len(parts)
-        write_json(folder/'targets.json', noted(about))
+        write_json(folder/'targets.json', hashed(about))
     return open_cache(folder, packed)
 
 # %% ../nbs/22_teacher.ipynb #33e95515

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -133,7 +134,9 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
         raise InputError('The tokenizer has no chat template, so it cannot write a conversation; copy one: tokenizer.chat_template = ….')
     marks = [f'\ue000{number}\ue001' for number in range(len(messages))]
     empty = [dict(message, content=mark) for message, mark in zip(messages, marks)]
-    text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try: text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:  # it is a stranger's program, which runs in a sandbox and may refuse
+        raise InputError(f'The chat template cannot write this conversation ({error}); set another: tokenizer.chat_template = ….') from None
     pieces = re.split('(\ue000\\d+\ue001)', text)
     return [marks.index(piece) if piece in marks else piece for piece in pieces if piece]
 

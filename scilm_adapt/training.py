@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['USUAL', 'FEWEST', 'HIGH', 'NATS', 'STEEP', 'target_states', 'lm_loss', 'micro_batches', 'schedule', 'LossModule',
            'adamw', 'muon', 'set_seed', 'in_training', 'add_gradients', 'Progress', 'out_of_memory', 'gradients',
-           'bad_numbers', 'stop_or_skip', 'parts_of', 'step_of', 'fit', 'keep_history', 'lora', 'has_adapters',
-           'merge_adapters', 'document_nats']
+           'bad_numbers', 'stop_or_skip', 'Trackers', 'trackers_of', 'parts_of', 'step_of', 'accelerator_for', 'fit',
+           'keep_history', 'lora', 'has_adapters', 'merge_adapters', 'document_nats']
 
 # %% ../nbs/09_training.ipynb #46b4eb13
 import gc
 import math
+import re
 import statistics
 import time
 import warnings
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch import nn
 from torch.nn import functional as F
 
@@ -198,6 +201,35 @@ def stop_or_skip(wrong: str, step: int, so_far: Progress, skip_bad: int, records
     print(f'  {description}: step {step} gave {wrong}; skipped ({so_far.skipped} of at most {skip_bad}): {batch}', flush=True)
 
 # %% ../nbs/09_training.ipynb #6f75fa1d
+@dataclass(frozen=True)
+class Trackers:
+    "Trackers of Accelerate by their `names`, the `folder` for what they keep here, and what they are to note `about` the training."
+    names: list[str] = field(default_factory=list)
+    folder: Path | None = None
+    about: dict = field(default_factory=dict)
+
+    @contextmanager
+    def open(self, accelerator: Accelerator, name: str, settings: dict, first: int) -> Iterator[None]:
+        "A context in which a training `name` can be told of, from step `first` on: of later steps an earlier try told."
+        about = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in (settings | self.about).items()}
+        if self.names: self.folder.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(name, about, dict(tensorboard=dict(purge_step=first), wandb=dict(dir=str(self.folder))))
+        try: yield
+        finally:
+            for tracker in accelerator.trackers: tracker.finish()  # `end_training` would part the processes as well
+
+
+def trackers_of(names: str) -> list[str]:
+    "Trackers named with commas or blanks between; InputError for one that Accelerate does not know, or that is not installed."
+    known, there = ({str(LoggerType(name)) for name in some} - {'all'} for some in (LoggerType, get_available_trackers()))
+    chosen = [name for name in re.split(r'[,\s]+', names) if name]
+    if unknown := [name for name in chosen if name not in known]:
+        raise InputError(f"trackers names '{unknown[0]}', which Accelerate does not know; it knows {', '.join(sorted(known))}.")
+    if missing := [name for name in chosen if name not in there]:
+        raise InputError(f"trackers names '{missing[0]}', which is not installed; install it, or leave it out.")
+    return chosen
+
+# %% ../nbs/09_training.ipynb #cfd37138
 def parts_of(accelerator: Accelerator, model: nn.Module, optimizers: list, so_far: Progress, settings: dict,
              state: dict[str, object] | None) -> dict[str, object]:
     "What goes into a checkpoint of a training, by name; the settings come first, so that nothing is loaded when they differ."
@@ -228,13 +260,20 @@ def step_of(accelerator: Accelerator, module: nn.Module, optimizers: list, batch
         optimizer.zero_grad()
     return row
 
-# %% ../nbs/09_training.ipynb #cfd37138
+
+def accelerator_for(device: torch.device, precision: str | None, trackers: Trackers) -> Accelerator:
+    "Accelerate for a training on `device`, in this precision or the best for the device."
+    AcceleratorState._reset_state()  # the precision may differ from that of an earlier training in this process
+    return Accelerator(mixed_precision=precision or mixed_precision(device), cpu=device.type == 'cpu',
+                       log_with=trackers.names or None, project_dir=trackers.folder)
+
+# %% ../nbs/09_training.ipynb #45a8d8b7
 def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps: int, *, learning_rate: float, seed: int = 0,
         micro_batch: int | None = None, optimizers: Callable = adamw, clip: float = 1.0, precision: str | None = None,
         description: str = 'training', gradient_checkpointing: bool = False,
         after: Callable[[int, nn.Module], dict | None] | None = None, checkpoints: Checkpoints | None = None,
         state: dict[str, object] | None = None, records_at: Callable[[int], list[str]] | None = None, skip_bad: int = 0,
-        least_rows: int = 1) -> list[dict]:
+        least_rows: int = 1, trackers: Trackers = Trackers()) -> list[dict]:
     """Train `model` in place for `steps` and return the history, one dictionary a step.
 
     `batch_at(step)` gives the whole batch, on all devices the same; `loss(model, batch)` a dictionary with 'loss' whose sum over
@@ -243,18 +282,17 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
     'bf16', 'fp16'; None = the best for the device). `after(step, model)` is called when a step is done, and may raise to stop; numbers
     it returns join that step's history. From the newest of `checkpoints` it goes on; `state` {name: what has state_dict() and
     load_state_dict()} is kept in them, too. FloatingPointError, naming the step and `records_at(step)`, for bad numbers, unless at most
-    `skip_bad` steps have them. Stopped, with a checkpoint of the last step, for a signal.
+    `skip_bad` steps have them. Stopped, with a checkpoint of the last step, for a signal. `trackers` are told every step's history.
     """
-    device, so_far = next(model.parameters()).device, Progress(micro_batch)
-    AcceleratorState._reset_state()  # the precision may differ from that of an earlier training in this process
-    accelerator = Accelerator(mixed_precision=precision or mixed_precision(device), cpu=device.type == 'cpu')
+    accelerator, so_far = accelerator_for(next(model.parameters()).device, precision, trackers), Progress(micro_batch)
     module, *chosen = accelerator.prepare(LossModule(model, loss), *optimizers(model, learning_rate))
     settings = dict(steps=steps, learning_rate=learning_rate, seed=seed, clip=clip, precision=accelerator.mixed_precision)
     parts = parts_of(accelerator, model, chosen, so_far, settings, state)
     if checkpoints: checkpoints.load(parts)
     def limit() -> float: return float(accelerator.clip_grad_norm_(model.parameters(), clip))
     def skip(wrong: str, step: int) -> None: stop_or_skip(wrong, step, so_far, skip_bad, records_at, description)
-    with in_training(model, gradient_checkpointing), stop_gently() as wished, closing(progress(steps, description, unit='step')) as bar:
+    told, bar = trackers.open(accelerator, description, settings, len(so_far.history)), progress(steps, description, unit='step')
+    with closing(bar), in_training(model, gradient_checkpointing), told, stop_gently() as wished:
         bar.update(len(so_far.history))
         for step in range(len(so_far.history), steps):
             start = time.perf_counter()
@@ -265,6 +303,7 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
             so_far.tokens, so_far.seconds = so_far.tokens + int(batch['count']), so_far.seconds + time.perf_counter() - start
             so_far.history.append(row | dict(tokens_per_second=so_far.tokens/so_far.seconds))
             if after: so_far.history[-1] |= after(step, model) or {}
+            accelerator.log(so_far.history[-1], step=step)
             model.train()
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.3f}", **{'tokens/s': f'{so_far.tokens/so_far.seconds:,.0f}'}, refresh=False)

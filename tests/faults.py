@@ -34,6 +34,7 @@ import datasets  # noqa: F401 - imported once, and not by every process anew
 import numpy as np
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 
 import scilm_adapt
@@ -493,25 +494,36 @@ def timed(seconds: Counter):
         yield
 
 
+def quickstart(folder: Path, changes: dict) -> None:
+    "Execute run.ipynb in this process, with the parameters of the quickstart and these changes of them."
+    nbs = RESULTS.parents[1]
+    parameters = yaml.safe_load((nbs/'presets'/'quickstart.yaml').read_text(encoding='utf-8')) | dict(out_dir=str(folder)) | changes
+    namespace = dict(__name__='quickstart')
+    for cell in read_json(nbs/'run.ipynb')['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or '%pip' in source: continue
+        exec(source, namespace)
+        if 'parameters' in cell['metadata'].get('tags', []): namespace |= parameters
+
+
 def cost(world: World, count: int) -> dict:
-    "what checkpoints and hashes cost in a training of about a minute, and what a stage costs that is done"
-    folder, student, wrong = world.place(), models.load('zoo:student', 'cpu'), []
-    run, seconds = Run(folder), Counter()
-    with redirect_stdout(io.StringIO()): corpus = prepare(run, world.papers, world.tales)
-    contrast.Checkpoints = partial(Checkpoints, seconds=10.0)  # six times as often as usual
-    steps = dict(steps=6*count, batch_size=16, context=128, learning_rate=1e-4)
+    "what checkpoints and hashes cost in the quickstart, and what a stage costs that is done"
+    folder, seconds, wrong = world.place()/'quickstart', Counter(), []
+    changes = {} if count > 1 else dict(papers=world.papers, general=world.tales, contrast_steps=2, distil_steps=2, conversations=20,
+                                        teacher_answers=2, documents=4, questions=4)
+    contrast.Checkpoints = distill.Checkpoints = Checkpoints  # as often as usual
     with timed(seconds), open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         start = time.perf_counter()
-        contrast.train(run, student, corpus, **steps)
+        quickstart(folder, changes)
         whole = time.perf_counter() - start
-    contrast.Checkpoints = partial(Told, steps=SAVES)
+    contrast.Checkpoints = distill.Checkpoints = partial(Told, steps=SAVES)
     again = []
     for _ in range(5):
         config, start = read_json(folder/'models'/'contrast'/'manifest.json')['config'], time.perf_counter()
-        with redirect_stdout(io.StringIO()): stage(run, 'models/contrast', config, None, [corpus.folder])
+        with redirect_stdout(io.StringIO()): stage(Run(folder), 'models/contrast', config, None, [folder/'corpus'])
         again.append(time.perf_counter() - start)
     share = sum(seconds.values())/whole
-    if share > 0.03 and whole > 20: wrong.append(f'{share:.1%} of the time')
+    if share > 0.03 and count > 1: wrong.append(f'{share:.1%} of the time')
     if sorted(again)[2] > 0.2: wrong.append(f'{sorted(again)[2]:.3f} s for a stage that is done')
     return dict(wrong=wrong, share=round(share, 4), seconds=round(whole, 1), done=round(sorted(again)[2], 4),
                 parts={name: round(value, 3) for name, value in seconds.items()})
@@ -519,7 +531,7 @@ def cost(world: World, count: int) -> dict:
 
 FAULTS = dict(kill=killed, saving=killed_saving, corruption=corrupted, numbers=bad_numbers, sigterm=terminated, disk=disk_full,
               notebook=notebooks, network=no_network, cost=cost)
-FULL = dict(kill=100, saving=50, corruption=40, numbers=20, sigterm=20, disk=10, notebook=15, network=1, cost=20)
+FULL = dict(kill=100, saving=50, corruption=40, numbers=20, sigterm=20, disk=10, notebook=15, network=1, cost=2)
 BRIEF = dict(kill=3, saving=1, corruption=3, numbers=1, sigterm=1, disk=1, notebook=3, network=1, cost=1)
 
 

@@ -111,6 +111,8 @@ def test_a_stage_that_holds_is_opened_and_not_trained_again(tmp_path, corpus, st
     for change in (dict(contrast_weight=0.2), dict(pairs=hotter), dict(seed=1), dict(token_weight=0.3), dict(student=other)):
         train(run, **(dict(student=student, corpus=corpus) | SETTINGS | change))
     assert len(calls) == 5
+    train(run, other, corpus, **SETTINGS, trackers='tensorboard')  # who watches changes nothing
+    assert len(calls) == 5
     write_text(corpus.folder/'science.jsonl', 'another corpus')
     train(run, other, corpus, **SETTINGS)
     assert len(calls) == 6
@@ -180,6 +182,7 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(margin=0.0), r'margin is 0.0'),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
     (dict(pairs=Pairs(batch=1)), r'batch=1.*at least 2'),
+    (dict(trackers='tensorbord'), r"trackers names 'tensorbord'"),
     (dict(filler=False), r'tokenizer.pad_token'),
     (dict(titles=False), r'title_field.*contrast_weight to 0')])
 def test_what_cannot_work_is_named_before_the_first_step(tmp_path, corpus, student, monkeypatch, change, named):

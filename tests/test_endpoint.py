@@ -176,6 +176,19 @@ def test_a_torn_line_is_cut_off_and_foreign_ones_are_passed_over(tmp_path):
     assert len(finished(file)) == 6 and 'e' not in finished(file) and finished(tmp_path/'none') == {}
 
 
+def test_a_line_in_which_any_bit_has_changed_is_asked_again(tmp_path, capsys):
+    file = tmp_path/'answers.jsonl'
+    with appending(file) as append:
+        for key in 'ab': append(dict(key=key, text=f'Тепло {key}', stopped=True, seconds=0.5))
+    whole = file.read_bytes()
+    assert [row['text'] for row in finished(file).values()] == ['Тепло a', 'Тепло b'] and not capsys.readouterr().out
+    for bit in range(0, 8*whole.index(b'\n'), 5):
+        file.write_bytes(whole[:bit//8] + bytes([whole[bit//8] ^ 1 << bit % 8]) + whole[bit//8 + 1:])
+        kept, said = finished(file), capsys.readouterr().out
+        assert list(kept) in (['b'], ['a', 'b']) and all(row['text'] == f'Тепло {key}' for key, row in kept.items())
+        assert ('a' in kept) == (not said) and (not said or str(file) in said)
+
+
 def test_usages_add_up_and_cost_what_the_prices_say():
     rows = [dict(prompt_tokens=1_000_000, completion_tokens=500_000), dict(prompt_tokens=None, completion_tokens=0), {}]
     usage = usage_of(rows, (2.0, 8.0)) + Usage(kept=1, missing=2, seconds=3.0)

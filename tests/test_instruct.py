@@ -512,6 +512,24 @@ def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, fluent, random_
     assert sum(chat['author'] == 'teacher' for chat in other.train) == 0
 
 
+def test_the_stage_goes_on_after_the_answers_that_it_had(tmp_path, corpus, fluent, monkeypatch):
+    monkeypatch.setattr(instruct, 'PART', 4)
+    sizes, respond, asked = dict(conversations=60, teacher_answers=20, held_out=12, context=128), instruct.respond, []
+    def counted(lm, prompts, *rest, **options):
+        if len(asked) == dies: raise RuntimeError('the power fails')
+        asked.append(len(prompts))
+        return respond(lm, prompts, *rest, **options)
+    monkeypatch.setattr(instruct, 'respond', counted)
+    dies = None
+    whole = prepare(Run(tmp_path/'whole'), corpus, fluent, **sizes)
+    parts, dies = [*asked], 3
+    asked.clear()
+    with pytest.raises(RuntimeError): prepare(Run(tmp_path/'run'), corpus, fluent, **sizes)
+    dies = None
+    chats = prepare(Run(tmp_path/'run'), corpus, fluent, **sizes)
+    assert asked == parts and len(parts) > 3 and (chats.train, chats.valid, chats.test) == (whole.train, whole.valid, whole.test)
+
+
 def test_the_stage_is_made_anew_for_another_template_or_other_kinds(tmp_path, corpus, random_teacher, capsys):
     sizes = dict(conversations=20, teacher_answers=0, held_out=5, context=128)
     prepare(Run(tmp_path), corpus, random_teacher, **sizes)

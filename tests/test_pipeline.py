@@ -77,7 +77,7 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     student, teacher = save_pair(tmp_path, 'qwen2', texts)
     preset = dict(student=str(student), teacher=str(teacher), papers=str(texts['papers']), general=str(texts['tales']), context=128,
                   batch_size=4, micro_batch=2, divergence='jsd', contrast_steps=2, distil_steps=2, conversations=40, teacher_answers=4,
-                  documents=8, questions=4)
+                  documents=8, questions=4, trackers='tensorboard')
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-p', 'seed', '7', '-o', 'mine']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -87,6 +87,7 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     assert metrics['config']['seed'] == 7 and metrics['config']['context'] == 128
     assert {'corpus', 'chats', 'models/contrast', 'models/distilled', 'evaluation'} <= metrics['seconds'].keys()
     assert str(tmp_path) not in (tmp_path/'mine'/'report.md').read_text()
+    assert {path.parent.name for path in (tmp_path/'mine'/'trackers').rglob('events.*')} >= {'contrast', 'distil'}
 
     broken = subprocess.run([*command, '-p', 'text_field', 'summary'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert broken.returncode == 2 and "no field 'summary'" in broken.stderr and 'Traceback' not in broken.stderr

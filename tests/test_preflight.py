@@ -79,7 +79,7 @@ CHAT = ['an example', 'end of turn']
     (lambda s: changed(s, chat_template=None), CHAT, "'student' has no chat template; .*adopt_chat.*fix=True"),
     (lambda s: changed(s, chat_template=OTHER_TEMPLATE), CHAT, r'models\.adopt_chat.*needs the teacher.s template'),
     (lambda s: changed(s, chat_template=ENDLESS), CHAT, "'student': The chat template does not end an assistant turn"),
-    (lambda s: changed(s, chat_template=STRICT), CHAT, "'student': no questions here"),
+    (lambda s: changed(s, chat_template=STRICT), CHAT, "'student': The chat template cannot write this conversation .no questions here"),
     (lambda s: changed(s, chat_template=MUTE), CHAT, "'student': The chat template joins answers or leaves one out"),
     (lambda s: changed(s, pad_token=None), ['end of text, padding'], r'set tokenizer\.pad_token = tokenizer\.eos_token, or .*fix=True'),
     (lambda s: reserving(s, 'heat'), ['control tokens'], 'reserve different control tokens'),

@@ -415,6 +415,16 @@ def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(InputError, match='chat_template'): encode_chat(tokenizer, turns('a'))
 
 
+@pytest.mark.parametrize('attack', ["''.__class__.__mro__[1].__subclasses__()", "cycler.__init__.__globals__.os.system('touch evil')",
+                                    'messages.append(1)', "raise_exception('no')"])
+def test_the_template_of_a_stranger_runs_no_code(attack, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = copy.deepcopy(PLAIN)
+    tokenizer.chat_template = '{{ ' + attack + ' }}{% for m in messages %}{{ m.content }}{% endfor %}'
+    with pytest.raises(InputError, match='chat template cannot write .*(unsafe|no).*chat_template = '): encode_chat(tokenizer, turns('a'))
+    assert not list(tmp_path.iterdir())
+
+
 # --- packing ----------------------------------------------------------------------------------------------------------------------
 
 LENGTHS = st.integers(1, 60).flatmap(lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=60)))

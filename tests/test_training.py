@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,7 @@ from scilm_adapt.models import LanguageModel, hidden_states, load, logits_of, sa
 from scilm_adapt.runs import InputError, Stopped, verified
 from scilm_adapt.tokens import batch_rows, encode_document, pack
 from scilm_adapt.training import (
+    Trackers,
     adamw,
     bad_numbers,
     document_nats,
@@ -37,6 +40,7 @@ from scilm_adapt.training import (
     muon,
     schedule,
     set_seed,
+    trackers_of,
 )
 
 torch.set_num_threads(1)
@@ -581,6 +585,53 @@ def test_a_watched_training_is_the_same_as_one_that_is_not():
         train(lm, ragged(lm), steps=3, after=after)
         hashes.add(weights_hash(lm.model))
     assert len(hashes) == 1
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------------------
+
+def test_trackers_are_told_of_every_step_once_also_where_a_training_goes_on(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    told = dict(trackers=Trackers(['tensorboard'], tmp_path/'told', dict(margin=0.5, pairs=dict(batch=32))))
+    def stop(step, model):
+        if step == 5: raise RuntimeError('dies')
+    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), after=stop, **told)  # the last are lost
+    found, history = longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), **told)
+    assert found == longer(None)[0]
+    events = EventAccumulator(str(tmp_path/'told'/'training')).Reload()
+    for name in ('loss', 'learning_rate', 'grad_norm', 'tokens_per_second'):
+        assert [event.step for event in events.Scalars(name)] == list(range(8))
+    assert [event.value for event in events.Scalars('loss')] == pytest.approx([row['loss'] for row in history], rel=1e-6)
+    noted = [path.read_text() for path in (tmp_path/'told').rglob('hparams.yml')]
+    assert len(noted) == 2 and all('margin: 0.5' in text and 'learning_rate: 0.003' in text for text in noted)
+
+
+def test_weights_and_biases_is_told_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    def work():
+        lm = model_of()
+        history = train(lm, ragged(lm), steps=2, trackers=Trackers(['wandb'], tmp_path))
+        (tmp_path/'history.json').write_text(json.dumps(history))
+    assert ended(forked(work)) == 0
+    kept, = tmp_path.glob('wandb/offline-run-*/*.wandb')
+    for row in json.loads((tmp_path/'history.json').read_text()):  # a process of its own writes them, and may lag behind
+        patience = time.monotonic() + 60
+        while json.dumps(row['loss']).encode() not in kept.read_bytes(): assert time.monotonic() < patience and not time.sleep(0.1)
+
+
+def test_without_trackers_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lm = model_of()
+    train(lm, ragged(lm), steps=1, trackers=Trackers(trackers_of(' '), tmp_path/'told'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_trackers_that_cannot_be_told_are_named():
+    assert trackers_of('tensorboard, wandb') == ['tensorboard', 'wandb']
+    with pytest.raises(InputError, match="trackers names 'tensorbord', which Accelerate does not know; it knows .*tensorboard"):
+        trackers_of('wandb tensorbord')
+    missing = next(str(name) for name in LoggerType if str(name) != 'all' and name not in get_available_trackers())
+    with pytest.raises(InputError, match=f"'{missing}', which is not installed; install it, or leave it out"): trackers_of(missing)
 
 
 class Held:
