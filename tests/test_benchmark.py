@@ -1,5 +1,5 @@
 """What the benchmark notebook and the GPU script measure, at toy size: the work is the same for all, the counts are right, they run."""
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -10,19 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scilm_adapt.models import hidden_states, logits_of, mixed_precision
+from scilm_adapt.models import hidden_states, logits_of, mixed_precision, save
 
 FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
 
 
-def module(name: str):
-    spec = importlib.util.spec_from_file_location(name, FOLDER/f'{name}.py')
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-steps, gpu = module('steps'), module('gpu')
+sys.path.insert(0, str(FOLDER))  # as when a script there is run
+reading, steps, gpu = map(importlib.import_module, ('reading', 'steps', 'gpu'))
 needs_trl = pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed')
 
 
@@ -32,9 +26,19 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def asked(what: str, folder: Path, **settings) -> dict:
+@pytest.fixture(scope='module')
+def sharp(tmp_path_factory) -> Path:
+    "The same with larger weights, so that a token feels what was before it."
+    steps.prepare(folder := tmp_path_factory.mktemp('sharp'), small=True)
+    lm = steps.open_model(folder, 'student')
+    with torch.no_grad(): [weight.mul_(6) for weight in lm.model.parameters() if weight.ndim > 1]
+    save(lm, folder/'student')
+    return folder
+
+
+def asked(what: str, folder: Path, script: str = 'steps', **settings) -> dict:
     "As the notebook asks: in a process of its own."
-    done = subprocess.run([sys.executable, FOLDER/'steps.py', what, folder, json.dumps(settings)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, FOLDER/f'{script}.py', what, folder, json.dumps(settings)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,6 +65,67 @@ def test_on_policy_everybody_writes_answers_of_full_length(models):
 def test_ours_runs_without_trl(models):
     found = steps.contest(models, ['ours'], rounds=1)
     assert found['seconds']['ours'] > 0 and found['MiB'] >= 0 and len(found['rounds']['ours']) == 1 + steps.WARM
+
+
+def alone(folder: Path) -> tuple[float, int]:
+    "The loss of a token and the number of them, of documents that are read one by one."
+    model, nats, count = steps.open_model(folder, 'student').model, 0.0, 0
+    with torch.no_grad():
+        for ids in reading.documents(folder):
+            logits = model(torch.tensor([ids])).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction='sum').item()
+            count += len(ids) - 1
+    return nats/count, count
+
+
+@needs_trl
+def test_all_readers_have_the_loss_of_documents_read_one_by_one(sharp, monkeypatch):
+    monkeypatch.setattr(reading, 'USEFUL', 0.0)                         # whole documents for ours, too
+    found = reading.contest(sharp, ['ours', *reading.OTHERS], rounds=1)
+    loss, count = alone(sharp)
+    assert found['targets'] == count and found['seconds'].keys() == found['loss'].keys() == {'ours', *reading.OTHERS}
+    for losses in found['loss'].values(): assert losses == pytest.approx([loss]*(1 + steps.WARM), rel=1e-5)
+
+
+def test_ours_and_the_plain_loop_read_the_same_where_documents_are_cut(sharp):
+    found = reading.contest(sharp, ['ours', 'plain'], rounds=1)
+    assert found['loss']['ours'] == pytest.approx(found['loss']['plain'], rel=1e-5)
+    assert found['targets'] == alone(sharp)[1]                          # each is learnt once, as in whole documents
+
+
+@needs_trl
+def test_a_reader_of_trl_learns_every_token_but_each_documents_first(models):
+    steps_of, counts = reading.trl_step, []
+    def counting(trainer):
+        step = steps_of(trainer)
+        return lambda inputs, count: counts.append(int(count)) or step(inputs, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, 'trl_step', counting)
+        for name in ('sft', 'sft, packed'): reading.OTHERS[name](models, 'no')()
+    assert sum(counts) == 2*sum(len(ids) - 1 for ids in reading.documents(models)) and len(counts) > 2
+
+
+def test_token_contrast_is_added_to_the_same_step(models):
+    found = reading.token(models, ['without', 'with'], rounds=1)
+    assert found['loss']['with'] == pytest.approx(found['loss']['without'], rel=1e-6)
+    assert len(found['token']) == len(found['loss']['with']) == 1 + reading.WARM and min(found['token']) > 0
+    only = reading.token(models, ['without'], rounds=1)
+    assert not only['token'] and only['loss']['without'] == pytest.approx(found['loss']['without'])
+
+
+def test_pairs_in_little_memory_have_the_same_loss(models):
+    whole, little = reading.pairs(models, 12), reading.pairs(models, 12, chunk=4)
+    assert little['loss'] == pytest.approx(whole['loss'], rel=1e-5) and little['MiB'] > 0
+
+
+def test_both_ways_of_writing_write_equally_much(models):
+    found = reading.writing(models, rounds=1)
+    size = reading.SMALL
+    assert found['shape'] == dict.fromkeys(('greedy', 'contrastive'), [size['prompts'], size['prompt'] + size['answer']])
+
+
+def test_a_contest_of_readers_is_a_process_of_its_own(models):
+    assert asked('contest', models, 'reading', names=['ours', 'plain'], rounds=1)['seconds'].keys() == {'ours', 'plain'}
 
 
 @pytest.mark.parametrize('kind', ['jsd', 'forward_kl'])
@@ -122,10 +187,10 @@ def test_in_the_gpu_script_trl_computes_the_same_loss():
 @needs_trl
 @pytest.mark.slow
 def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
-    "Its cells on distillation, with `ask` calling the functions here: processes of their own would take minutes."
+    "Its cells on reading and distillation, with `ask` calling the functions here: processes of their own would take minutes."
     notebook = json.loads((FOLDER.parent/'benchmark.ipynb').read_text(encoding='utf-8'))
     sources = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
-    begin = next(n for n, source in enumerate(sources) if source.startswith('steps = '))
+    begin = next(n for n, source in enumerate(sources) if source.startswith('scripts = '))
     scope = dict(rounds=1, small=True, work=tmp_path)
     imports = next(source for source in sources if source.startswith('import gzip'))
     exec(imports, scope)
@@ -133,8 +198,9 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     exec(body, scope)
     assert scope['ask']('prepare', small=True)['student'] == 36512      # the real one, once
     known = {}                                                          # tuned or not is the same here, and measured once
-    def ask(what: str, tuned: bool = False, **settings) -> dict:
-        if (key := json.dumps([what, settings])) not in known: known[key] = getattr(steps, what)(tmp_path/'models', **settings)
+    def ask(what: str, tuned: bool = False, script: str = 'steps', **settings) -> dict:
+        if (key := json.dumps([script, what, settings])) not in known:
+            known[key] = getattr(dict(steps=steps, reading=reading)[script], what)(tmp_path/'models', **settings)
         return known[key]
     scope['ask'] = ask
     for source in [last, *sources[begin + 1:-1]]: exec(source, scope)
@@ -142,7 +208,9 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     for goal in ("gkd's time / ours, default malloc", "gold's time / ours, tuned malloc", "distillation's time / ours, default malloc",
                  "our memory / gkd's, tuned malloc", 'jsd, 152,000 words: our memory / naive', 'forward_kl, 32,000 words: our time / naive',
                  'live / cached epoch', 'three live / building and three cached', 'tokens read / tokens used',
-                 'distillation, large from teacher'):
+                 'distillation, large from teacher', "our time / plain loop's, tuned malloc", "our tokens/s / SFTTrainer's, default malloc",
+                 "largest difference of our loss from the plain loop's", 'token contrast: time with / without',
+                 'token contrast: memory with / without', 'memory of 1,024 pairs / 32', "contrastive search's time / greedy's, large"):
         line = next(line for line in printed.splitlines() if goal in line)
         assert line.rstrip().endswith('reached')
-    assert printed.count('reached') == (30 if mixed_precision(torch.device('cpu')) == 'bf16' else 26)
+    assert printed.count('reached') == (44 if mixed_precision(torch.device('cpu')) == 'bf16' else 36)

@@ -9,63 +9,29 @@ The learning rate is 0, so that the weights stay what they are and every round i
 `training_step` (its on-policy part included), then clipping and the optimiser's step; the loop of `Trainer.train` around it, which would
 come on top, is left out. All have 32 or all have 16-bit products, fused AdamW, clipping at 1, and no gradient checkpointing.
 """
-import gc
-import inspect
-import json
-import random
-import resource
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
-from transformers.utils import logging as transformers_logging
+from common import WARM, Peak, in_turns, main, open_model, prepare, summary, trl_settings, trl_step
 
 from scilm_adapt.distill import distil_loss
 from scilm_adapt.divergence import chunked_loss
 from scilm_adapt.generate import sample
-from scilm_adapt.models import LanguageModel, build, load, parameter_count, save
-from scilm_adapt.runs import read_json, write_json
+from scilm_adapt.models import LanguageModel
+from scilm_adapt.runs import read_json
 from scilm_adapt.teacher import LiveTeacher, addresses, build_cache
-from scilm_adapt.tokens import Packed, pack, train_tokenizer
+from scilm_adapt.tokens import Packed, pack
 from scilm_adapt.training import fit, lm_loss
 
-# (hidden, layers, heads); 'large' is the model of at least 5 million weights whose steps are held against the machine.
-FULL = dict(vocabulary=8192, student=(192, 4, 4), teacher=(384, 6, 6), large=(256, 5, 4), rows=16, prompt=32, answer=96)
-SMALL = dict(vocabulary=400, student=(32, 2, 4), teacher=(48, 2, 4), large=(40, 2, 4), rows=4, prompt=8, answer=8)
-WARM = 2  # rounds that are not counted
-
-
-# --- models and tokens
-
-def prepare(folder: Path, small: bool = False) -> dict:
-    "Write the models with random weights and a tokenizer of the wished size; returns their numbers of weights."
-    shapes, draw = SMALL if small else FULL, random.Random(0)
-    words = [''.join(draw.choices('etaoinshrdlu', k=draw.randint(2, 9))) for _ in range(80_000)]
-    tokenizer = train_tokenizer((' '.join(words[at:at + 200]) for at in range(0, len(words), 200)), shapes['vocabulary'])
-    sizes = {}
-    for seed, name in enumerate(('student', 'teacher', 'large')):
-        hidden, layers, heads = shapes[name]
-        lm = build(tokenizer, 'llama', hidden, layers, heads, 512, seed)
-        save(lm, folder/name)
-        sizes[name] = parameter_count(lm.model)
-    write_json(folder/'shapes.json', shapes)
-    return sizes
-
-
-def open_model(folder: Path, name: str) -> LanguageModel:
-    "A model that no token ends, so that all answers come out equally long."
-    lm = load(folder/name, 'cpu')
-    lm.model.generation_config.eos_token_id = None
-    return lm
-
+# --- tokens
 
 def conversations(folder: Path, batches: int = 1) -> Packed:
     "Random tokens in rows of one question and one answer each, of which the answer is learnt."
@@ -75,65 +41,7 @@ def conversations(folder: Path, batches: int = 1) -> Packed:
     return pack(ids, length, [[0]*shapes['prompt'] + [1]*shapes['answer']]*len(ids))
 
 
-# --- what a fresh process needs
-
-def resident() -> int:
-    "Bytes of memory that this process has now."
-    return psutil.Process().memory_info().rss
-
-
-def highest() -> int:
-    "The most bytes that this process has had (on Linux in kilobytes)."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
-
-
-class Peak:
-    "MiB that a block needs at its highest over what there was before it: `with Peak() as peak: ...; peak.MiB`."
-
-    def __enter__(self):
-        gc.collect()
-        try: Path('/proc/self/clear_refs').write_text('5')  # on Linux, the high-water mark of before is forgotten
-        except OSError: pass
-        self.before = resident()
-        return self
-
-    def __exit__(self, *_):
-        status = Path('/proc/self/status')
-        lines = status.read_text().splitlines() if status.exists() else []
-        most = next((int(line.split()[1])*1024 for line in lines if line.startswith('VmHWM:')), highest())
-        self.MiB = max(most - self.before, 4096)/2**20  # a page at least: what is small may fit into what was there already
-
-
-def summary(seconds: dict[str, list[float]], **more) -> dict:
-    "Median seconds of each, over the rounds that count."
-    return dict(seconds={name: statistics.median(times[WARM:] or times) for name, times in seconds.items()}, rounds=seconds, **more)
-
-
 # --- TRL's trainers
-
-def trl_settings(kind: type, precision: str, rows: int, **settings) -> object:
-    "A trainer's configuration with what all contestants have in common."
-    wanted = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, learning_rate=0.0, bf16=precision == 'bf16', fp16=False,
-                  gradient_checkpointing=False, use_cpu=True, report_to='none', disable_tqdm=True, beta=0.5, temperature=1.0,
-                  optim='adamw_torch_fused', max_grad_norm=1.0) | settings
-    known = inspect.signature(kind).parameters
-    return kind(**{name: value for name, value in wanted.items() if name in known})
-
-
-def trl_step(trainer: object, inputs: object, count: torch.Tensor | None) -> Callable[[], float]:
-    "One step of a trainer on `inputs`, as a function that returns the loss."
-    trainer.create_optimizer()
-    trainer.model_wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # which `Trainer.train` would say
-    def step() -> float:
-        loss = trainer.training_step(trainer.model_wrapped, inputs.copy(), count)
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        optimizer.step()
-        trainer.model.zero_grad()
-        return float(loss)
-    return step
-
 
 def collated(folder: Path) -> dict[str, torch.Tensor]:
     "The batch of `conversations` as TRL's own collator would hand it over."
@@ -155,7 +63,7 @@ def gkd(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
     trainer = GKDTrainer(student.model, open_model(folder, 'teacher').model, settings, lambda rows: rows,
                          Dataset.from_dict(dict(input_ids=inputs['input_ids'].tolist())), processing_class=student.tokenizer)
     trainer.generation_config.eos_token_id = None
-    return trl_step(trainer, inputs, (inputs['labels'] != -100).sum())
+    return partial(trl_step(trainer), inputs, (inputs['labels'] != -100).sum())
 
 
 def gold(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
@@ -168,7 +76,7 @@ def gold(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
     settings.lmbda = -1.0
     trainer = GOLDTrainer(student.model, open_model(folder, 'teacher').model, settings, lambda rows: rows,
                           Dataset.from_dict(dict(input_ids=inputs['input_ids'].tolist())), processing_class=student.tokenizer)
-    return trl_step(trainer, inputs, (inputs['labels'] != -100).sum())
+    return partial(trl_step(trainer), inputs, (inputs['labels'] != -100).sum())
 
 
 def distillation(folder: Path, precision: str, on_policy: bool) -> Callable[[], float]:
@@ -182,7 +90,7 @@ def distillation(folder: Path, precision: str, on_policy: bool) -> Callable[[], 
                                   train_dataset=Dataset.from_list(prompts), processing_class=student.tokenizer)
     trainer._tokenize_prompts = lambda texts: (inputs['prompts'].tolist(), None, {})  # the same questions, already as tokens
     trainer.generation_config.eos_token_id, trainer.eos_token_ids = None, [-1]        # nothing ends an answer
-    return trl_step(trainer, prompts, None)
+    return partial(trl_step(trainer), prompts, None)
 
 
 TRL = dict(gkd=gkd, gold=gold, distillation=distillation)
@@ -209,27 +117,16 @@ def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'n
     The 'MiB' is the peak over what there was before the first step, and says something when only one contestant is named.
     """
     others = {name: TRL[name](folder, precision, on_policy) for name in names if name != 'ours'}
-    seconds, losses, begun = {name: [] for name in names}, {name: [] for name in names}, [0.0]
-    def turns(step: int) -> None:
-        for name in list(others)[::1 if step % 2 else -1]:
-            start = time.perf_counter()
-            losses[name].append(others[name]())
-            seconds[name].append(time.perf_counter() - start)
-    if 'ours' not in names:
-        with Peak() as peak: [turns(step) for step in range(WARM + rounds)]
-        return summary(seconds, loss=losses, MiB=peak.MiB)
+    if 'ours' not in names: return in_turns(others, None, rounds)
     student, teacher = open_model(folder, 'student'), open_model(folder, 'teacher')
     next_batch, loss = our_batch(folder, student, on_policy), distil_loss(LiveTeacher(teacher), 'jsd', beta=0.5, scaled=False)
-    def batch_at(step: int) -> dict[str, torch.Tensor]:  # between two of our steps everybody else has a turn
-        if step: seconds['ours'].append(time.perf_counter() - begun[0])
-        turns(step)
-        begun[0] = time.perf_counter()
-        return next_batch()
-    with Peak() as peak:
+    def ours(before: Callable[[int], None]) -> list[float]:
+        def batch_at(step: int) -> dict[str, torch.Tensor]:
+            before(step)
+            return next_batch()
         history = fit(student.model, batch_at, loss, WARM + rounds, learning_rate=0.0, precision=precision, description='ours')
-    seconds['ours'].append(time.perf_counter() - begun[0])
-    losses['ours'] = [row['loss'] for row in history]
-    return summary(seconds, loss=losses, MiB=peak.MiB)
+        return [row['loss'] for row in history]
+    return in_turns(others, ours, rounds)
 
 
 # --- the loss alone
@@ -351,13 +248,4 @@ def use(folder: Path, rounds: int = 5) -> dict:
     return summary(seconds, rate=rate, least=least, share={case: value/rate for case, value in shares.items()})
 
 
-def main(what: str, folder: str, settings: str = '{}') -> None:
-    "Run one of the functions and print what it returns."
-    warnings.simplefilter('ignore')
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    known = dict(prepare=prepare, contest=contest, loss_alone=loss_alone, cache=cache, use=use)
-    print(json.dumps(known[what](Path(folder), **json.loads(settings))))
-
-
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__': main(dict(prepare=prepare, contest=contest, loss_alone=loss_alone, cache=cache, use=use), *sys.argv[1:])
