@@ -34,7 +34,7 @@ class Recipe:
     batch_size: int                    # packed rows a step
     context: int                       # tokens in a row
     learning_rate: float
-    contrast_weight: float = 0.1       # of the pairs of texts; 0 leaves a part out at no cost
+    contrast_weight: float = 0.0       # of the pairs of texts; 0 leaves a part out at no cost
     token_weight: float | None = None  # of token contrast (None: 1 or 0, by what the probe finds)
     preference_weight: float = 0.0     # of real against spoilt continuations
     margin: float = 0.5                # ρ of token contrast

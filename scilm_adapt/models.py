@@ -90,9 +90,14 @@ def hidden_states(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tor
     """States [B, L, D] after the last layer and its norm, as the output head reads them.
 
     A batch with `position_ids` is packed (see `tokens.pack`) and its documents stay apart; else its `attention_mask` is used.
+    InputError for a model that gives no states.
     """
     inputs = {name: batch[name] for name in (('input_ids', 'position_ids') if 'position_ids' in batch else ('input_ids', 'attention_mask'))}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    states = getattr(model.base_model(**inputs, use_cache=False), 'last_hidden_state', None)
+    if states is None:
+        raise InputError(f"model: '{model.config.name_or_path or type(model).__name__}' gives no hidden states, of which losses are "
+                         f"formed; choose a model whose base_model returns last_hidden_state.")
+    return states
 
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

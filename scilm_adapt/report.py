@@ -97,10 +97,12 @@ NOT_PARTS = {'step', 'learning_rate', 'grad_norm', 'tokens_per_second', 'skipped
 
 
 def read_history(run: Run, name: str) -> pd.DataFrame:
-    "The training history of models/`name` of a run: a row for each step, a column for the loss and each of its parts."
+    "The training history of models/`name` of a run: a row for each step, a column for the loss and each part (an only part is the loss)."
     history = pd.DataFrame(read_json(run.folder/'models'/name/'history.json')).set_index('step')
     parts = [column for column in history if column not in NOT_PARTS and not column.startswith(('watch_', 'rolled_'))]
-    return history[parts].astype(float)
+    history = history[parts].astype(float)
+    only = len(parts) == 2 and history[parts[0]].equals(history[parts[1]])
+    return history[parts[1:]] if only else history
 
 
 def loss_curves(run: Run, name: str) -> Figure:

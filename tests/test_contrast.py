@@ -20,7 +20,7 @@ from scilm_adapt.training import fit, lm_loss
 SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt', 'iron', 'water', 'glass', 'copper', 'helium')
 PAPERS = [dict(id=name, title=f'On {name}', text=f'We study {name} in {number} experiments. The {name} was measured.')
           for number, name in enumerate(SUBJECTS)]
-SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, pairs=Pairs(batch=4))
+SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, contrast_weight=0.1, pairs=Pairs(batch=4))
 PREFERRED = [Pair(str(n), 'paper', [1, 5, 6 + n], [7, 8, 9 + n, 10], [8, 7, 20 + n, 4]) for n in range(6)]
 
 
@@ -184,6 +184,7 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(pairs=Pairs(batch=1)), r'batch=1.*at least 2'),
     (dict(trackers='tensorbord'), r"trackers names 'tensorbord'"),
     (dict(filler=False), r'tokenizer.pad_token'),
+    (dict(states=False), r'model: .*gives no hidden states.*last_hidden_state'),
     (dict(titles=False), r'title_field.*contrast_weight to 0')])
 def test_what_cannot_work_is_named_before_the_first_step(tmp_path, corpus, student, monkeypatch, change, named):
     monkeypatch.setattr(contrast, 'fit', lambda *a, **k: pytest.fail('training began'))
@@ -193,6 +194,9 @@ def test_what_cannot_work_is_named_before_the_first_step(tmp_path, corpus, stude
     if not settings.pop('filler', True):
         student = replace(student, tokenizer=copy.deepcopy(student.tokenizer))
         student.tokenizer.pad_token = None
+    if not settings.pop('states', True):
+        student = replace(student, model=copy.deepcopy(student.model))
+        student.model.base_model_prefix = 'none'  # so that its base model is itself, which gives logits only
     with pytest.raises(InputError, match=named): train(Run(tmp_path/'run'), student, corpus, **settings)
     assert not (tmp_path/'run'/'models'/'contrast').exists()
 

@@ -124,6 +124,13 @@ def test_loss_curves_have_a_panel_for_each_part(run):
     plt.close(figure)
 
 
+def test_an_only_part_is_shown_once(run):
+    write_json(run.folder/'models'/'alone'/'history.json', [dict(step=n, loss=4.0 - n, lm=4.0 - n, learning_rate=0.1) for n in range(3)])
+    figure = report.loss_curves(run, 'alone')
+    assert [ax.get_title(loc='left') for ax in figure.axes] == [report.PARTS['lm']]
+    plt.close(figure)
+
+
 # --- what leaves the machine
 
 @pytest.mark.parametrize('value, told', [
