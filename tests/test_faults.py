@@ -37,6 +37,7 @@ def test_a_few_faults_of_each_kind_are_survived_without_a_network(apart, tmp_pat
 def test_what_is_reported_was_injected_and_survived():
     about = json.loads((ROOT/'nbs'/'results'/'faults.json').read_text(encoding='utf-8'))
     assert about['faults'].keys() == {*KINDS, 'cost'} and not [one for one in about['faults'].values() if 'wrong' in one]
-    assert all(one['survived'] == one['injected'] > 0 for name, one in about['faults'].items() if name != 'cost')
+    least = dict(kill=100, saving=50, corruption=40, numbers=20, sigterm=20, disk=10, notebook=15, network=1)
+    assert all(about['faults'][name]['survived'] == about['faults'][name]['injected'] >= count for name, count in least.items())
     assert about['faults']['cost']['share'] <= 0.03 and about['faults']['cost']['done'] < 0.2
     assert re.fullmatch(r'\d{4}-\d\d-\d\d', about['date']) and about['versions'].keys() >= {'torch', 'transformers', 'python'}
