@@ -78,7 +78,8 @@ def test_alignment_and_uniformity_are_their_definitions():
 
 def test_the_halves_of_a_document_are_its_own_tokens():
     hidden, segments = torch.arange(14.0).view(2, 7, 1), torch.tensor([[1, 1, 1, 2, 3, 3, 0], [0, 1, 1, 1, 1, 0, 0]])
-    assert torch.equal(geometry.halves(hidden, segments)[..., 0], torch.tensor([[0.5, 2], [4, 5], [8.5, 10.5]]))  # one token has no halves
+    means = geometry.half_means(hidden, segments)[..., 0]  # one token has no halves
+    assert torch.equal(means, torch.tensor([[0.5, 2], [4, 5], [8.5, 10.5]]))
 
 
 # --- token contrast
@@ -233,7 +234,7 @@ def test_the_probe_gives_what_the_losses_give(lm):
     assert found['isotropy'] == pytest.approx(isotropy(hidden, batch['segments']).item(), abs=1e-5)
     assert found['token_contrast'] == pytest.approx(token_contrast(hidden, batch['segments']).item(), abs=1e-5)
     assert found['active'] == pytest.approx((cosines > 0.5).float().mean().item(), abs=1e-4)
-    a, b = geometry.halves(hidden, batch['segments']).unbind(1)
+    a, b = geometry.half_means(hidden, batch['segments']).unbind(1)
     assert len(a) == len(TEXTS) and found['alignment'] == pytest.approx(alignment(a, b).item(), abs=1e-5)
     assert found['uniformity'] == pytest.approx(uniformity(a).item(), abs=1e-5)
 
