@@ -25,7 +25,7 @@ test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at 
 	@rm -f .coverage .coverage.*
 	@$(COVERAGE) tests/run_notebooks.py
 	@echo '== tests'
-	@$(COVERAGE) -m pytest
+	@$(COVERAGE) -m pytest -n 2 --dist loadfile
 	@echo '== lines of scilm_adapt run by notebooks and tests together'
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --fail-under=90
