@@ -22,9 +22,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scilm_adapt import sources
+from scilm_adapt import reading
+from scilm_adapt.reading import Refused, Row
 from scilm_adapt.runs import InputError
-from scilm_adapt.sources import Refused, Row, expand, format_of, hub_rows, members, readers, refusals, rows
+from scilm_adapt.sources import expand, format_of, formats, members, refusals, rows
+from scilm_adapt.tables import hub_rows
 
 ТЕПЛО = 'Теплота переходит от тёплых тел к холодным и никогда сама собой обратно.'
 
@@ -102,7 +104,7 @@ BROKEN = {
                                      [(2, 'not UTF-8 at byte 12, looks like cp1251: convert it, or give encoding=cp1251 if all')]),
     'Latin-1 in one line': ('a.jsonl', GOOD.encode() +
                             '{"a": "Über die Größe der Wärme"}\n'.encode('cp1252'), [1], [(2, 'not UTF-8 at byte 8')]),
-    'a huge line': ('a.jsonl', GOOD + '{"a": "' + 'x'*sources.LARGEST*2 + '"}\n' + GOOD, [1, 3], [(2, 'more than 10,000,000 bytes')]),
+    'a huge line': ('a.jsonl', GOOD + '{"a": "' + 'x'*reading.LARGEST*2 + '"}\n' + GOOD, [1, 3], [(2, 'more than 10,000,000 bytes')]),
     'nested too deeply': ('a.jsonl', GOOD + '{"a":'*100_000 + '\n' + GOOD, [1, 3], [(2, 'nested too deeply')]),
     'a number of 5,000 digits': ('a.jsonl', GOOD + '{"a": ' + '1'*5000 + '}', [1], [(2, 'digits')]),
     'UTF-16 without a mark': ('a.jsonl', CP1251.decode('cp1251').encode('utf-16-le'), [], [(1, 'UTF-16 without a byte order mark')]),
@@ -117,7 +119,7 @@ BROKEN = {
                                    [(2, 'a int'), (3, 'a NoneType'), (4, 'a str')]),
     'a key twice in an array': ('a.json', '[{"id": 1, "id": 2}, {"id": 3}]', [2], [(1, "'id' stands twice")]),
     'text after the array': ('a.json', '[{"id": 1}] and more', [1], [(2, 'text after the end')]),
-    'a huge record in an array': ('a.json', '[{"id": 1}, {"a": "' + 'x'*sources.LARGEST*3 + '"}]', [1], [(2, 'more than 10,000,000')]),
+    'a huge record in an array': ('a.json', '[{"id": 1}, {"a": "' + 'x'*reading.LARGEST*3 + '"}]', [1], [(2, 'more than 10,000,000')]),
     'an array in another encoding': ('a.json', b'[' + CP1251 + b']', [], [(1, 'looks like cp1251')]),
     'an empty array': ('a.json', '[]', [], []),
     'one object over lines': ('a.json', '{\n "id": 1,\n "a": [{"b": 2}]\n}', [1], []),
@@ -564,8 +566,8 @@ def test_a_whole_folder_is_read_and_adds_up(tmp_path):
 def test_every_format_has_a_reader_or_a_way_out(tmp_path):
     files = [file[:2] for file in (*GOOD_FILES.values(), *BROKEN.values())]
     kinds = {format_of(data.encode() if isinstance(data, str) else data, name) for name, data in files}
-    assert kinds <= {*readers, *refusals} and set(readers) <= kinds
-    assert not set(readers) & set(refusals)
+    assert kinds <= {*formats, *refusals} and set(formats) <= kinds
+    assert not set(formats) & set(refusals)
 
 
 @pytest.mark.parametrize(('start', 'name', 'wanted'), [
