@@ -14,7 +14,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scilm_adapt import runs
+from scilm_adapt import files, runs
 from scilm_adapt.runs import (
     Damaged,
     InputError,
@@ -162,9 +162,9 @@ def test_bytes_are_hashed_once_and_then_only_when_their_file_changed(tmp_path, m
     folder, hashed = stage(Run(tmp_path), 'model', {}, writer([])), []
     file = folder/'deep'/'result.txt'
     os.utime(file, ns=(10**18, 10**18))
-    monkeypatch.setattr(runs, 'file_hash', lambda path: hashed.append(path.name) or file_hash(path))
+    monkeypatch.setattr(files, 'file_hash', lambda path: hashed.append(path.name) or file_hash(path))
     assert verified(folder) and verified(folder) and hashed == ['result.txt']*2  # as fresh as this, it may change within a tick
-    monkeypatch.setattr(runs, 'SETTLED', -1.0)
+    monkeypatch.setattr(files, 'SETTLED', -1.0)
     assert verified(folder) and verified(folder) and hashed == ['result.txt']*3
     assert verified(folder, deep=True) and hashed == ['result.txt']*4
     before = file.stat()
@@ -460,7 +460,7 @@ def test_a_survey_tells_what_is_done_stale_broken_and_missing(tmp_path):
 
 
 def test_a_deep_survey_sees_what_the_file_system_did_not_tell(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, 'SETTLED', -1.0)
+    monkeypatch.setattr(files, 'SETTLED', -1.0)
     graph(Run(tmp_path))
     file = tmp_path/'tokens'/'deep'/'result.txt'
     assert verified(tmp_path/'tokens')
@@ -472,7 +472,7 @@ def test_a_deep_survey_sees_what_the_file_system_did_not_tell(tmp_path, monkeypa
 
 
 def test_a_stage_that_is_done_costs_a_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, 'SETTLED', -1.0)
+    monkeypatch.setattr(files, 'SETTLED', -1.0)
     build = lambda folder: (folder/'weights').write_bytes(bytes(10**8))
     stage(Run(tmp_path), 'model', {}, build)
     stage(Run(tmp_path), 'model', {}, build)

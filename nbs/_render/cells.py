@@ -13,7 +13,7 @@ import yaml
 @dataclass
 class Page:
     """One notebook on its way to one HTML file."""
-    name: str                   # file name of the notebook, e.g. 00_runs.ipynb
+    name: str                   # file name of the notebook, e.g. 02_runs.ipynb
     cells: list                 # what nbdev left of its cells
     url: str                    # file name of the page; nbdev drops the number: runs.html
     title: str
