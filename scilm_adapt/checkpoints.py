@@ -10,7 +10,8 @@ __all__ = ['MARK', 'SHARE', 'local', 'flat', 'restored', 'Weights', 'Moments', '
 import json
 import os
 import random
-import shutil
+import re
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from .runs import Damaged, InputError, check_space, seal, sync, told_when_full, verified, write_text
+from .errors import InputError
+from .files import (WORK, Damaged, check_free, check_space, drop, lasting, look, seal, sync, told_when_full, verified,
+                               write_text)
 
 # %% ../nbs/15_checkpoints.ipynb #c8df3402
 MARK = '$'
@@ -188,17 +191,18 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def replaced(aside: Path, final: Path) -> None:
     "Give a whole folder its name; one that has it already goes."
     remove(final)
+    check_free(final)
+    (aside/WORK).unlink()
     os.replace(aside, final)
     sync(final.parent)
 
 
 def remove(folder: Path) -> None:
-    "Remove a folder that may be there: its name first, so that half of it never has it."
-    if not folder.exists(): return
-    hidden = folder.with_name(f'.old-{folder.name}')
-    shutil.rmtree(hidden, ignore_errors=True)
+    "Remove a checkpoint that may be there, if all of it is ours: its name first, so that half of it never has it."
+    if not folder.exists() or look(folder) != ([], []): return
+    hidden = folder.with_name(f'.old-{folder.name}-{secrets.token_hex(4)}')
     os.replace(folder, hidden)
-    shutil.rmtree(hidden)
+    drop(hidden)
 
 # %% ../nbs/15_checkpoints.ipynb #df2fd49d
 SHARE = 0.03  # of the time, at most, goes into checkpoints
@@ -229,7 +233,7 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         "The checkpoints' folders, the newest first."
-        return sorted(self.folder.glob('step-*'), reverse=True)
+        return sorted((path for path in self.folder.glob('step-*') if re.fullmatch(r'step-\d{8,}', path.name)), reverse=True)
 
     def save(self, done: int, parts: dict[str, object]) -> Path:
         """Write the state of `parts` {name: something with state_dict()} after `done` steps; returns the folder.
@@ -238,8 +242,9 @@ class Checkpoints:
         """
         start, final, aside, (number, count) = time.perf_counter(), self.folder/f'step-{done:08}', self.folder/'.saving', ranks()
         def begin() -> None:
-            for left in (aside, *self.folder.glob('.old-*')): shutil.rmtree(left, ignore_errors=True)
-            aside.mkdir(parents=True)
+            for left in (aside, *self.folder.glob('.old-step-*')):
+                if left.is_dir(): drop(left)
+            lasting(aside, 'a checkpoint')
         def publish() -> None:
             seal(aside, step=done, ranks=count)
             sync(aside)
@@ -251,7 +256,7 @@ class Checkpoints:
                 together(lambda: write_part(aside, parts, number, count))
                 together(publish, only_first=True)
         except Exception:
-            if number == 0: shutil.rmtree(aside, ignore_errors=True)  # its room may be what is missing
+            if number == 0 and aside.is_dir(): drop(aside)  # its room may be what is missing
             raise
         self.saved, self.took = time.perf_counter(), time.perf_counter() - start
         return final
@@ -264,9 +269,7 @@ class Checkpoints:
                 return path
             except Damaged as error:
                 print(f'  {error}; set aside'.replace(f'{self.folder}/', ''), flush=True)
-                away = path.with_name(f'.damaged-{path.name}')
-                shutil.rmtree(away, ignore_errors=True)
-                os.replace(path, away)
+                os.replace(path, path.with_name(f'.damaged-{path.name}-{secrets.token_hex(4)}'))
 
     def load(self, parts: dict[str, object]) -> int:
         """Give `parts` {name: something with load_state_dict(state)} the state of the newest whole checkpoint; returns its step.

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import scilm_adapt
+from .errors import InputError
+from .files import check_apart
 from scilm_adapt.running import (
     RunFailed,
     check_parameters,
@@ -29,7 +31,6 @@ from scilm_adapt.running import (
     run_notebook,
     shipped_notebook,
 )
-from .runs import InputError
 
 # %% ../nbs/39_cli.ipynb #5c3c3a62
 def papers(arguments: list[str]) -> int:
@@ -37,7 +38,8 @@ def papers(arguments: list[str]) -> int:
     parser = ArgumentParser(prog='scilm papers', description='Read papers, clean them, drop repeats and split them. DIR opens with '
                             'datasets.load_from_disk; beside the data lie report.json, quarantine.jsonl and removed.jsonl.')
     parser.add_argument('sources', metavar='SOURCE', nargs='+', help="a file, folder, pattern, Hub data set, or 'installed-docs'")
-    parser.add_argument('-o', '--out', metavar='DIR', required=True, help='the folder to make; one of an earlier call is replaced')
+    parser.add_argument('-o', '--out', metavar='DIR', required=True, help='the folder to make; one that an earlier '
+                        'call made is replaced, nothing else is')
     parser.add_argument('--strict', action='store_true', help='stop at the first record that cannot be read')
     parser.add_argument('--decontaminate', metavar='FILE', nargs='+', default=[], dest='evaluation',
                         help='evaluation files whose texts must not be in it')
@@ -63,7 +65,8 @@ def instruct(arguments: list[str]) -> int:
                             "and holds chats in the usual form of messages; beside them lie report.json, quarantine.jsonl and, if there is "
                             'a teacher, its answers, which a later call does not ask for again.')
     parser.add_argument('papers', metavar='PAPERS_DIR', help='a folder made by `scilm papers`')
-    parser.add_argument('-o', '--out', metavar='DIR', required=True, help='the folder to make; one of an earlier call is replaced')
+    parser.add_argument('-o', '--out', metavar='DIR', required=True, help='the folder to make; one that an earlier '
+                        'call made is replaced, nothing else is')
     parser.add_argument('--teacher', metavar='MODEL_OR_URL', help='a model folder, a Hub name, zoo:teacher, or a server that speaks '
                         "OpenAI's protocol, as http://127.0.0.1:8000/v1#name-of-the-model (default: no teacher)")
     parser.add_argument('--price', metavar=('IN', 'OUT'), nargs=2, type=float, default=(0.0, 0.0), help='of a million tokens read and '
@@ -111,6 +114,9 @@ def run(arguments: list[str]) -> int:
     parameters |= check_parameters(dict(options.parameter), known, '-p')
     folder = options.out or parameters.get('out_dir') or str(Path('outputs', preset.stem if preset else 'run'))
     if 'out_dir' in known: parameters.setdefault('out_dir', folder)
+    texts = {name: parameter.default for name, parameter in known.items()} | parameters
+    from scilm_adapt.sources import places_of
+    check_apart(folder, places_of(text for name, text in texts.items() if name != 'out_dir' and isinstance(text, str) and text))
     print(f'scilm: {notebook.name} -> {folder}', flush=True)
     start = time.perf_counter()
     published = run_notebook(notebook, parameters, folder)

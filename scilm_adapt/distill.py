@@ -30,7 +30,8 @@ from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
 from .remote import remote_targets
 from .rollouts import OnPolicy, Replay, contrast_weight, fitting, on_policy_batches
-from .runs import InputError, Run, content_hash, say, stage, tidy, write_json
+from .files import contents, drop, sweep
+from .runs import InputError, Run, content_hash, say, stage, write_json
 from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
                                  open_cache)
 from .tokens import USEFUL, Packed, batch_rows, documents_in, encode_chat, pack, store_tokens, tokenizer_hash
@@ -216,7 +217,7 @@ def written_down(run: Run, teacher: OpenTeacher, conversations: Packed, k: int, 
     settings = dict(k=k, temperature=temperature, seed=seed)
     def make(folder: Path, scratch: Path) -> None:
         build_cache(scratch, teacher, conversations, **settings)
-        for file in scratch.iterdir(): os.replace(file, folder/file.name)
+        for name, file in contents(scratch).items(): os.replace(file, folder/name)
     config = dict(**settings, data=data_hash(conversations), **teacher.fingerprint())
     folder = stage(run, 'targets', config, make, resumable=True)
     cache = open_cache(folder, conversations, **settings)
@@ -348,6 +349,6 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
     parents = [corpus.folder, chats.folder, *([first] if first.is_dir() else [])]
     folder = stage(run, 'models/distilled', config, make, parents, resumable=True)
     good = run.folder/'models'/'distilled-good'  # what is finished needs no weights on the way
-    tidy(good)
-    shutil.rmtree(good, ignore_errors=True)
+    sweep(good)
+    if good.is_dir(): drop(good)
     return replace(load(folder, next(student.model.parameters()).device), name='distilled')

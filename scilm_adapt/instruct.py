@@ -24,12 +24,14 @@ from pathlib import Path
 from .cleaning import language
 from .duplicates import Evaluation, Seen, decontaminate, fingerprint, read_evaluation, signature
 from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, send, text_request, to_answer, usage_of
+from .files import check_apart, check_free, drop, in_place, lasting
 from .generate import Answer, chat_prompt, respond
 from .mining import COMMON, language_of, mine, sentences, whole_sentences
 from .mining import kinds as mined_kinds
 from .models import LanguageModel, weights_hash
 from .papers import OUTCOMES, SPLITS, Corpus, document, save_dataset, source_hash, split
 from .runs import InputError, Run, content_hash, read_json, rng, say, stage, staged_folder, write_json, write_text
+from .sources import places_of
 from .tokens import encode, encode_chat, render, tokenizer_hash
 
 # %% ../nbs/26_instruct.ipynb #bc9dbf37
@@ -476,9 +478,12 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
     Beside the data are report.json, quarantine.jsonl and the teacher's answers.jsonl. InputError for papers without splits, for a
     paper in two of them, or when no conversation is left.
     """
-    folder, splits, chosen = Path(folder), open_papers(papers), chosen_kinds(kinds, teacher)
+    evaluation, read = list(evaluation), [papers] if isinstance(papers, (str, Path)) else []
+    check_apart(folder, places_of([*read, *evaluation]))
+    folder, splits, chosen = check_free(folder), open_papers(papers), chosen_kinds(kinds, teacher)
     sieve, counts, usage, elsewhere = Sieve(Evaluation(read_evaluation(evaluation)) if evaluation else None), {}, Usage(), {}
-    beside = folder.with_name(f'.{folder.name}.answers.jsonl')
+    place = folder/'.scilm.answers' if in_place(folder) else folder.with_name(f'.{folder.name}.answers')
+    beside = lasting(place, folder.name)/'answers.jsonl'
     say(f"instruct: conversations out of {sum(map(len, splits.values())):,} papers")
     if not beside.exists() and (folder/'answers.jsonl').exists(): shutil.copy(folder/'answers.jsonl', beside)
     with staged_folder(folder) as aside:
@@ -496,7 +501,7 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
         report = publish(aside, parts, sieve, counts, usage)
         shutil.rmtree(parts)
         if beside.exists(): shutil.copy(beside, aside/'answers.jsonl')
-    beside.unlink(missing_ok=True)
+    drop(beside.parent)
     show_report(report)
     return report
 

@@ -26,9 +26,10 @@ from tabulate import tabulate
 from .cleaning import clean, without_rules
 from .duplicates import Evaluation, Seen, decontaminate, deduplicate, fingerprint, read_evaluation, signature, texts_in  # noqa: F401
 from .installed import installed_docs
+from .files import check_apart, check_free
 from .reading import Refused, Row
 from .runs import InputError, Run, content_hash, file_hash, key_of, progress, read_json, say, stage, staged_folder, write_json
-from .sources import expand, rows
+from .sources import expand, places_of, rows
 
 # %% ../nbs/12_papers.ipynb #47de50c7
 # The usual names of fields, in lower case with _ for blanks; the first that a row has is read.
@@ -328,9 +329,11 @@ def build(folder: str | Path, sources: Iterable[str], *, evaluation: Iterable[st
     `strict` (InputError at the first record that cannot be read), `without` (names of rules and filters to switch off), `limit`
     (rows of each source), `workers` (processes; the result does not depend on it).
     """
-    paths = list(evaluation)
+    paths, sources = list(evaluation), list(sources)
+    check_apart(folder, places_of([*sources, *paths]))
+    check_free(folder)
     held_out = Evaluation(read_evaluation(paths)) if paths else None
-    with staged_folder(folder) as aside: return build_into(aside, list(sources), Seen(), evaluation=held_out, **options)
+    with staged_folder(folder) as aside: return build_into(aside, sources, Seen(), evaluation=held_out, **options)
 
 
 def count_table(report: dict) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 from .alignment import answer_places, byte_ends, check_lossless, meanings
 from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, send
 from .runs import InputError, content_hash, hashed, write_json
-from .teacher import CachedTeacher, damage, data_hash, open_cache, read_about, record, refuse_stale, write_shard
+from .teacher import (CachedTeacher, begin_cache, damage, data_hash, open_cache, read_about, record, refuse_stale,
+                                 write_shard)
 from .tokens import Packed, encode_chat, pack, reading_of
 
 # %% ../nbs/30_remote.ipynb #2ba53aeb
@@ -214,8 +215,8 @@ def write_targets(folder: Path, done: list[Translated], packed: Packed, made: di
         refuse_stale(folder, about['made'], {name: value for name, value in made.items() if name != 'url'})
         whole = all(not damage(folder/name, entry) for name, entry in about['shards'].items())
         if about['complete'] and whole and about['made']['data'] == wanted['data']: return open_cache(folder, packed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob('*shard-*'): old.unlink()
+    begin_cache(folder, dict(made=wanted, complete=False, shards={}))
+    for old in folder.glob('shard-*'): old.unlink()
     file = folder/'shard-00000.bin'
     shard = write_shard(file, records_of(done, made['k'], made['rows'])) | dict(seen=seen_in(done))
     write_json(folder/'targets.json', hashed(dict(made=wanted, complete=True, shards={file.name: shard})))

@@ -31,7 +31,8 @@ from matplotlib.figure import Figure
 from .evaluate import METRICS, VERDICTS, finding, findings, signed
 from .models import LanguageModel, best_device, save, weights_hash
 from .papers import Corpus
-from .runs import MODEL_COLOURS, Run, content_hash, figure_theme, read_json, stage, staged_folder, write_json, write_text
+from .files import ledger, to_json, write_own
+from .runs import MODEL_COLOURS, Run, content_hash, figure_theme, read_json, stage, staged_folder
 
 # %% ../nbs/37_report.ipynb #f265e7b0
 COLUMNS = dict(science_bpb='science', general_bpb='general text', answer_bpb='answers', stop_rate='answers that end')
@@ -440,7 +441,7 @@ def draw_figures(run: Run, result: dict) -> Path:
     "All figures of the report as PNG files in run.folder/figures, replaced together."
     figures = {'before-after': lambda: before_after(result), 'quality-against-size': lambda: quality_against_size(result)}
     figures |= {f'loss-{name}': lambda name=name: loss_curves(run, name) for name in stages(run)}
-    with staged_folder(run.folder/'figures') as folder:
+    with staged_folder(run.folder/'figures', ledger(run.folder, 'figures')) as folder:
         for name, draw in figures.items():
             figure = draw()
             figure.savefig(folder/f'{name}.png', dpi=160)
@@ -456,14 +457,13 @@ def publish(run: Run, result: dict, config: dict, corpus: Corpus) -> Path:
     """
     draw_figures(run, result)
     blocks = report_blocks(run, result, config, corpus)
-    write_text(run.folder/'report.md', to_markdown(blocks))
-    write_text(run.folder/'report.html', to_html(blocks, run.folder, blocks[0][1]))
+    write_own(run.folder, 'report.md', to_markdown(blocks))
+    write_own(run.folder, 'report.html', to_html(blocks, run.folder, blocks[0][1]))
     for name in result['models']:
-        folder = run.folder/'models'/name
-        if folder.is_dir(): write_text(folder/'README.md', model_card(name, result, config, corpus))
+        if (run.folder/'models'/name).is_dir(): write_own(run.folder, f'models/{name}/README.md', model_card(name, result, config, corpus))
     numbers = {key: result[key] for key in ('models', 'differences', 'measured')}
-    write_json(run.folder/'metrics.json', numbers | dict(findings=findings(result), config=public(config), versions=versions(),
-                                                         machine=machine(), seconds=dict(run.seconds)))
+    numbers |= dict(findings=findings(result), config=public(config), versions=versions(), machine=machine(), seconds=dict(run.seconds))
+    write_own(run.folder, 'metrics.json', to_json(numbers))
     print(f'\n{table(result).to_markdown()}\n\n{TABLE_NOTE}\n{tally(result)}\n')
     for what, where in dict(report='report.html', numbers='metrics.json', notebook='run.ipynb', models='models').items():
         print(f'  {what:9} {run.folder/where}')

@@ -32,7 +32,9 @@ from pathlib import Path
 import yaml
 
 import scilm_adapt
-from .runs import InputError, Stopped, on_signals, read_json, write_text
+from .errors import InputError, Stopped, on_signals
+from .files import check_own, new_aside, read_json, sweep, to_json, write_own
+from .runs import UNFINISHED, Run, drop_scratch
 
 # %% ../nbs/38_running.ipynb #e993470a
 @dataclass(frozen=True)
@@ -264,8 +266,8 @@ def explain(error: BaseException, executed: dict) -> BaseException:
     return RunFailed(f'the run failed {where(executed)}: {textwrap.shorten(reason, 400, placeholder=" …")}')
 
 
-def keep_failed(partial: Path, error: BaseException) -> BaseException:
-    "Keep the notebook as run.failed.ipynb with truthful marks; returns the exception to raise, its message naming that file."
+def keep_failed(partial: Path, folder: Path, error: BaseException) -> BaseException:
+    "Keep the notebook as `folder`/run.failed.ipynb with truthful marks; returns the exception to raise, its message naming that file."
     if not partial.is_file(): return explain(error, dict(cells=[]))
     executed = read_json(partial)
     told = explain(error, executed)
@@ -276,8 +278,7 @@ def keep_failed(partial: Path, error: BaseException) -> BaseException:
     if started:
         started[-1]['metadata']['papermill'].update(status='failed', exception=True)
         started[-1]['outputs'].append(dict(output_type='stream', name='stderr', text=f'scilm: {told}\n'))
-    failed = write_text(partial.with_name('run.failed.ipynb'), json.dumps(executed, indent=1, ensure_ascii=False) + '\n')
-    partial.unlink()
+    failed = write_own(folder, 'run.failed.ipynb', to_json(executed))
     told.args = (f'{told}\nThe notebook as far as it came: {failed}',)
     return told
 
@@ -314,16 +315,15 @@ def run_notebook(notebook: str | Path, parameters: dict[str, object], folder: st
     """
     notebook, folder = Path(notebook), Path(folder)
     parameters = check_parameters(parameters, read_parameters(notebook), 'parameters')
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'cannot make the folder {folder} ({error.strerror}); choose another with -o.') from None
-    partial = folder/'.run.partial.ipynb'
-    partial.unlink(missing_ok=True)
+    Run(folder)
+    sweep(folder/UNFINISHED/'notebook')
+    work = new_aside(folder/UNFINISHED/'notebook')
     try:
-        execute(notebook, parameters, partial)
-        check_finished(read_json(partial))
+        execute(notebook, parameters, work/'run.ipynb')
+        check_finished(read_json(work/'run.ipynb'))
+        check_own(folder, 'run.failed.ipynb')
+        (folder/'run.failed.ipynb').unlink(missing_ok=True)
+        return write_own(folder, 'run.ipynb', (work/'run.ipynb').read_text(encoding='utf-8'))
     except (Exception, Stopped) as error:
-        raise keep_failed(partial, error) from None
-    (folder/'run.failed.ipynb').unlink(missing_ok=True)
-    os.replace(partial, folder/'run.ipynb')
-    return folder/'run.ipynb'
+        raise keep_failed(work/'run.ipynb', folder, error) from None
+    finally: drop_scratch(folder, work)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['formats', 'UNPACK', 'refusals', 'MAGIC', 'NAMED', 'is_html', 'OUTPUTS', 'ABOUT', 'format_of', 'members',
-           'inside_folder', 'is_hub_name', 'expand', 'place_of', 'read_file', 'rows']
+           'inside_folder', 'is_hub_name', 'expand', 'places_of', 'place_of', 'read_file', 'rows']
 
 # %% ../nbs/08_sources.ipynb #b6f72796
 import glob
@@ -110,6 +110,13 @@ def expand(sources: Iterable[str], known: Iterable[str] = ()) -> list[str]:
             inner = members(name) if name not in known and os.path.isfile(name) else None
             found += [name] if inner is None else [f'{name}/{member}' for member in inner]
     return list(dict.fromkeys(found))
+
+
+def places_of(sources: Iterable[str]) -> list[str]:
+    "What on this disk the sources name: files, folders, and what patterns match."
+    paths = [os.path.expanduser(str(source)) for source in sources]
+    return [name for path in paths for name in ([path] if os.path.exists(path) else glob.glob(path, recursive=True) or
+                                                [place[0] for place in [place_of(path)] if place])]
 
 
 def place_of(source: str) -> tuple[str, str] | None:

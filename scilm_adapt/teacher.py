@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keepers', 'Teacher', 'OpenTeacher', 'open_loss', 'LiveTeacher', 'ShiftedTeacher', 'drawn', 'keep_sampled', 'keep_top',
            'record', 'numbered', 'addresses', 'data_hash', 'shards_of', 'uniforms', 'looked_at', 'asked', 'read_about',
-           'refuse_stale', 'damage', 'write_shard', 'build_cache', 'open_cache', 'CachedTeacher']
+           'refuse_stale', 'damage', 'write_shard', 'begin_cache', 'build_cache', 'open_cache', 'CachedTeacher']
 
 # %% ../nbs/29_teacher.ipynb #ead66a48
 import hashlib
@@ -22,6 +22,7 @@ import torch
 from .alignment import AlignedTeacher
 from .divergence import Head, chunk_size, common_rows, divergences, floored, head_loss, head_of, loss_rows, sparse_loss
 from .models import LanguageModel, hidden_states, mixed_precision, shared_vocabulary, weights_hash
+from .files import check_free
 from .runs import InputError, content_hash, file_hash, hashed, progress, read_json, rng, write_json
 from .tokens import Packed, Tokens, best_fit, reading_of
 from .training import target_states
@@ -304,6 +305,14 @@ def write_shard(file: Path, records: np.ndarray) -> dict:
     return dict(bytes=len(data), targets=len(records), sha256=hashlib.sha256(data).hexdigest())
 
 
+def begin_cache(folder: Path, about: dict) -> None:
+    "Make sure that a folder is one for targets and nothing else: a new or empty one, or one that says so; InputError for any other."
+    if not (folder/'targets.json').exists():
+        check_free(folder)
+        write_json(folder/'targets.json', hashed(about))  # from now on the shards in it are ours
+    for aside in folder.glob('.shard-*'): aside.unlink()  # half written when a build was killed
+
+
 def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int = 16, how: str = 'sampled', seed: int = 0,
                 temperature: float = 1.0, shard: int = 2**17) -> 'CachedTeacher':
     """What `teacher` says at the loss tokens of `packed`, k words a token, written to `folder` and opened; it goes on where it stopped.
@@ -320,8 +329,7 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     about = dict(made=wanted, complete=False, shards={})
     if (folder/'targets.json').exists(): about = read_about(folder)
     refuse_stale(folder, about['made'], wanted)
-    folder.mkdir(parents=True, exist_ok=True)
-    for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
+    begin_cache(folder, about)
     parts, numbers = shards_of(packed, shard), numbered(packed)
     for number, part in enumerate(progress(parts, 'asking the teacher', 'shard')):
         file = folder/f'shard-{number:05}.bin'

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from scilm_adapt import report
+from scilm_adapt import files, report, runs
 from scilm_adapt.evaluate import summarise
 from scilm_adapt.models import load, tiny, weights_hash
 from scilm_adapt.papers import Corpus
@@ -221,7 +221,7 @@ def test_publishing_again_replaces_everything(run, corpus):
     first = (run.folder/'report.md').read_text()
     report.publish(run, invented(-0.1), CONFIG, corpus)
     assert not (run.folder/'figures'/'old.png').exists() and (run.folder/'report.md').read_text() != first
-    assert {p.name for p in run.folder.rglob('.*')} <= {'.lock', '.lock-holder', '.verified.json'}
+    assert {p.name for p in run.folder.rglob('.*')} <= {runs.LOCK, runs.HOLDER, files.LEDGER, '.verified.json'}
 
 
 def test_metrics_come_last(run, corpus, monkeypatch):

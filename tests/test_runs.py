@@ -3,6 +3,8 @@ import errno
 import json
 import math
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from scilm_adapt.runs import (
     check_space,
     content_hash,
     file_hash,
+    hashed,
     key_of,
     lock,
     progress,
@@ -54,7 +57,7 @@ def writer(calls: list, name: str = 'stage', text: str = 'all of it'):
 def names(folder: Path) -> list[str]:
     "What lies in a folder; what hides there must be the lock."
     hidden = {path.name for path in folder.iterdir() if path.name.startswith('.')}
-    assert hidden <= {'.lock', '.lock-holder', runs.SEEN}, hidden
+    assert hidden <= {runs.LOCK, runs.HOLDER, files.LEDGER, files.SEEN, runs.DAMAGED}, hidden
     return sorted(path.name for path in folder.iterdir() if path.name not in hidden)
 
 
@@ -280,7 +283,7 @@ def test_a_killed_stage_leaves_a_whole_folder_or_none(tmp_path, seconds):
 def test_a_folder_killed_while_it_is_replaced_is_the_old_one_or_the_new_one(tmp_path, seconds):
     start_and_kill(KILLED_SWAP, tmp_path, seconds, ends=True)
     if (tmp_path/'model').exists():
-        texts = [path.read_text() for path in (tmp_path/'model').iterdir()]
+        texts = [path.read_text() for path in (tmp_path/'model').glob('part-*')]
         assert len(texts) == 3000 and len(set(texts)) == 1
 
 
@@ -298,14 +301,18 @@ def test_what_a_killed_process_left_is_finished_or_removed(tmp_path):
     dead.wait()
     run, calls = Run(tmp_path/'a'), []
     stage(run, 'model', dict(v=2), writer(calls, text='new'))
-    os.replace(run.folder/'model', run.folder/f'.model.{dead.pid}')  # the new one, complete, and the old one: neither has the name
+    os.replace(run.folder/'model', run.folder/f'.model.{dead.pid}-0123abcd')  # the new one, complete, and the old one: neither has the name
     stage(Run(tmp_path/'b'), 'model', dict(v=1), writer(calls, text='old'))
-    os.replace(tmp_path/'b'/'model', run.folder/f'.model.{dead.pid}.old')
-    write_text(run.folder/f'.other.{dead.pid}'/'half', 'of another stage')
+    os.replace(tmp_path/'b'/'model', run.folder/f'.model.{dead.pid}-0123abcd.old')
+    half = run.folder/f'.other.{dead.pid}-0123abcd'
+    write_text(half/'half', 'of another stage')
+    write_json(half/files.WORK, hashed(dict(of='other', process=dead.pid, machine=platform.node())))
+    write_text(run.folder/f'.other.{dead.pid}-4567cdef'/'thesis', 'of somebody, though the name looks like ours')
     calls.clear()
     folder = stage(run, 'model', dict(v=2), writer(calls))
     assert calls == [] and (folder/'deep'/'result.txt').read_text() == 'new'
     stage(run, 'other', {}, writer(calls))
+    shutil.rmtree(run.folder/f'.other.{dead.pid}-4567cdef')
     assert names(run.folder) == ['model', 'other']
 
 
@@ -383,7 +390,7 @@ def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path):
 def test_of_several_ranks_the_first_locks_and_publishes(tmp_path):
     first, second = (in_another(tmp_path, dict(RANK=str(rank), WORLD_SIZE='2')) for rank in (0, 1))
     assert [process.communicate()[0].split()[-1] for process in (first, second)] == ['built']*2
-    assert names(tmp_path) == ['other'] and (tmp_path/'.lock-holder').read_text() == f'{first.pid}\n'
+    assert names(tmp_path) == ['other'] and (tmp_path/runs.HOLDER).read_text() == f'{first.pid}\n'
 
 
 def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch, capsys):
@@ -452,9 +459,9 @@ def test_a_survey_tells_what_is_done_stale_broken_and_missing(tmp_path):
     stage(run, 'corpus', dict(v=2), writer([]))
     assert states(tmp_path) == {'corpus': 'done', 'tokens': 'done', 'models/a': 'stale', 'models/b': 'stale'}
     damage(tmp_path/'models'/'a'/'deep'/'result.txt', 'flip')
-    (tmp_path/'corpus').rename(tmp_path/f'.corpus.{os.getpid()}')
+    (tmp_path/'corpus').rename(tmp_path/f'.corpus.{os.getpid()}-0123abcd')
     assert states(tmp_path) == {'corpus': 'unfinished', 'tokens': 'done', 'models/a': 'broken', 'models/b': 'stale'}
-    (tmp_path/f'.corpus.{os.getpid()}').rename(tmp_path.parent/f'{tmp_path.name}-away')
+    (tmp_path/f'.corpus.{os.getpid()}-0123abcd').rename(tmp_path.parent/f'{tmp_path.name}-away')
     assert states(tmp_path)['corpus'] == 'missing'
     assert next(row['reason'] for row in survey(tmp_path) if row['state'] == 'broken').startswith('models/a/deep/result.txt has other')
 
@@ -466,7 +473,7 @@ def test_a_deep_survey_sees_what_the_file_system_did_not_tell(tmp_path, monkeypa
     assert verified(tmp_path/'tokens')
     file.write_bytes(b'all of iT')
     known = json.loads((tmp_path/'tokens'/runs.SEEN).read_text())
-    for entries in known.values(): entries['deep/result.txt'] = runs.stamp(file)  # a bit that the disk lost by itself
+    for entries in known.values(): entries['deep/result.txt'] = files.stamp(file)  # a bit that the disk lost by itself
     (tmp_path/'tokens'/runs.SEEN).write_text(json.dumps(known))
     assert states(tmp_path)['tokens'] == 'done' and states(tmp_path, deep=True)['tokens'] == 'broken'
 
