@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNREAD', 'ALONE', 'CELLS', 'SPACE', 'SOFT', 'REFERS', 'ENDS', 'JOINS', 'NOTES', 'written', 'SIGNS', 'BIG',
-           'INVISIBLE', 'WRAPPERS', 'ACCENTS', 'layouts', 'XML_LANG', 'CODES', 'ASIDE', 'LETTERS', 'articles', 'NESTED',
-           'TAGS', 'ROOTS', 'formats', 'low_or_high', 'text_in', 'latex', 'settled', 'prose', 'plain', 'plain_all',
-           'linear', 'mathml', 'code_of', 'in_language', 'sections_in', 'abstract_of', 'Article', 'jats_fields',
-           'pubmed_fields', 'tei_fields', 'fields_at', 'flat', 'oai_fields', 'feed_fields', 'arxiv_fields',
-           'dblp_fields', 'kind_of', 'records_in', 'read_xml']
+           'INVISIBLE', 'WRAPPERS', 'ACCENTS', 'layouts', 'BUILT', 'XML_LANG', 'CODES', 'ASIDE', 'LETTERS', 'articles',
+           'NESTED', 'TAGS', 'ROOTS', 'formats', 'low_or_high', 'text_in', 'latex', 'settled', 'prose', 'plain',
+           'plain_all', 'linear', 'mathml', 'code_of', 'in_language', 'sections_in', 'abstract_of', 'Article',
+           'jats_fields', 'pubmed_fields', 'tei_fields', 'fields_at', 'flat', 'oai_fields', 'feed_fields',
+           'arxiv_fields', 'dblp_fields', 'kind_of', 'records_in', 'read_xml']
 
 # %% ../nbs/04_markup.ipynb #9dbc058f
 import codecs
@@ -287,7 +287,7 @@ def _fraction(element: object) -> str:
 
 def _root(element: object) -> str:
     "√x, √(x + 1); a root of another degree as a power, x^(1/3)."
-    if _name(element) == 'mroot': return '{}^(1/{})'.format(*map(_held, _parts(element)[:2]))
+    if _name(element) == 'mroot': return '^(1/'.join(map(_held, _parts(element)[:2])) + ')'*(len(_parts(element)) > 1)
     text = _row(_parts(element))
     return f'√{text}' if re.fullmatch(r'\d+([.,]\d+)?|[^\W\d_]', text) or _is_bracketed(text) else f'√({text})'
 
@@ -295,7 +295,7 @@ def _root(element: object) -> str:
 def _fenced(element: object) -> str:
     "(a, b) out of parts, brackets and separators."
     signs = ''.join(element.get('separators', ',').split())
-    parts = [linear(part) for part in _parts(element)]
+    parts = [linear(part) for part in _parts(element)] if signs else [_row(_parts(element))]
     after = [(signs[min(place, len(signs) - 1)] + ' ' if signs else '')*(place < len(parts) - 1) for place in range(len(parts))]
     return element.get('open', '(') + ''.join(map(''.join, zip(parts, after))) + element.get('close', ')')
 
@@ -330,8 +330,8 @@ def _applied(element: object) -> str:
 
 def linear(element: object) -> str:
     "An element of MathML on one line."
-    draw = layouts.get(_name(element))
-    if draw: return draw(element)
+    draw, whole = layouts.get(_name(element)), _parts(element) and not _own_text(element)
+    if draw and (whole or draw not in BUILT): return draw(element)  # what lacks its parts is but text
     return ' '.join(_inner(element).split()) if _own_text(element) else _row(_parts(element))
 
 
@@ -349,6 +349,7 @@ layouts: dict[str, Callable[[object], str]] = dict(
     maction=lambda element: linear(_parts(element)[0]) if len(element) else '',
     menclose=lambda element: _root(element) if 'radical' in element.get('notation', '') else _row(_parts(element)),
     apply=_applied, sep=lambda element: '/')
+BUILT = {_fraction, _root, _fenced, _table, _meaning, _corners, _scripts, _limits, _applied}  # out of parts
 written |= dict.fromkeys(layouts, linear) | dict(math=mathml)
 
 # %% ../nbs/04_markup.ipynb #lang
@@ -515,11 +516,12 @@ def _words(element: object, paths: str, lang: str) -> list[str]:
 def fields_at(element: object, id: str, title: str, text: str, topics: str = '', keywords: str = '', lang: str = '',
               sections: str = '') -> dict:
     "The fields of a flat record, each by its paths; title and key words are in the language of the text."
-    said = code_of(plain(next(iter(_found(element, lang)), None)))
+    bodies = _found(element, sections)
+    said = code_of(plain(next(iter(_found(element, lang)), None))) or next(filter(None, map(_lang, [element, *bodies])), '')
     texts = in_language(_found(element, text), said)
-    own = _lang(texts[0]) or said if texts else said
+    own = _lang(texts[0]) or said if texts and not bodies else said
     abstracts = [found for found in map(abstract_of, texts) if not re.match(r'(?i)comments?:', found)]
-    titles, parts = in_language(_found(element, title), own), in_language(_found(element, sections), own)
+    titles, parts = in_language(_found(element, title), own), in_language(bodies, own)
     return dict(id=plain(next(iter(_found(element, id)), None)), title=plain(titles[0] if titles else None),
                 text=max(abstracts, key=len, default=''), lang=own, topics=_words(element, topics, ''),
                 keywords=_words(element, keywords, own), sections=[part for found in parts for part in sections_in(found, 'sec', 'title')])

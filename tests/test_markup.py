@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from scilm_adapt.cleaning import apply_rules
-from scilm_adapt.markup import articles, formats, mathml, plain, prose, read_xml
+from scilm_adapt.markup import articles, formats, layouts, mathml, plain, prose, read_xml
 from scilm_adapt.papers import document, read
 from scilm_adapt.reading import Refused, Row, read_here
 
@@ -186,7 +186,8 @@ FORMULAS = {
     box('msqrt', 'x'): '√x', box('msqrt', 'x + 1'): '√(x + 1)', box('mroot', 'x', '3'): 'x^(1/3)',
     box('mroot', 'x + 1', '3'): '(x + 1)^(1/3)',
     box('mfrac', box('msqrt', 'D'), '2'): '√D/2', box('menclose', 'x', notation='radical'): '√x',
-    box('mfenced', 'a', 'b'): '(a, b)', box('mfenced', 'a', 'b', open='[', close=')', separators=';'): '[a; b)',
+    box('mfenced', 'a', 'b'): '(a, b)', box('mfenced', '1', '2', separators=''): '(1 2)',
+    box('mfenced', 'a', 'b', open='[', close=')', separators=';'): '[a; b)',
     tokens('[') + box('mtable',
                       *(box('mtr', *(box('mtd', one) for one in row.split())) for row in ('1 0', '0 2'))) + tokens(']'): '[1, 0; 0, 2]',
     box('mtable', box('mtr', box('mtd', 'a'), box('mtd', '='), box('mtd', 'b')),
@@ -224,6 +225,19 @@ formulas = st.recursive(st.sampled_from(['<mn>1</mn>', '<mn>23</mn>', '<mi>sin</
 def test_no_number_or_word_of_a_formula_is_glued_to_another(markup):
     found = re.findall(r'\d+|[a-z]+', as_formula(markup))
     assert sorted(found) == sorted(etree.fromstring(f'<math>{markup}</math>').itertext())
+
+
+anything = st.recursive(st.sampled_from(['', 'x', '<mi>x</mi>', '<mo>=</mo>', '<mo/>', '<none/>', '<mprescripts/>']),
+                        lambda inner: st.tuples(
+    st.sampled_from(sorted(layouts) + ['mrow', 'mtr', 'mtd', 'mlabeledtr', 'mstyle']), st.lists(inner, max_size=4)).map(
+        lambda made: f'<{made[0]}>{"".join(made[1])}</{made[0]}>'), max_leaves=10)
+
+
+@given(anything)
+@settings(max_examples=200, deadline=None)
+def test_formula_that_is_none_is_read_all_the_same(markup):
+    found = as_formula(markup)
+    assert found == ' '.join(found.split()) and '<' not in found
 
 
 def test_formula_that_is_nested_deeply_takes_no_longer_than_it_is_long():
@@ -404,3 +418,21 @@ def test_prefix_that_was_never_declared_costs_nothing_but_hides_no_damage(data, 
     found = read_here(read_xml, data)
     assert [entry.fields['text'] for entry in found if isinstance(entry, Row)] == rows
     assert [entry.reason.startswith(reason) for entry in found if isinstance(entry, Refused)] == [True]*bool(reason)
+
+
+def elibrary(*found: tuple[str, str], body: str = '', said: str = '') -> str:
+    titles = '<artTitle lang="RUS">О теплоте</artTitle><artTitle lang="ENG">On heat</artTitle>'
+    texts = ''.join(f'<abstract lang="{lang}">{text}</abstract>' for lang, text in found)
+    return (f'<journal><issue><articles><article>{said}<artTitles>{titles}</artTitles><abstracts>{texts}</abstracts>{body}<codes>'
+            '<edn>ABC</edn></codes></article></articles></issue></journal>')
+
+
+@pytest.mark.parametrize(('data', 'title', 'text', 'sections'), [
+    (elibrary(('RUS', RU), ('ENG', EN)), 'О теплоте', RU, []), (elibrary(('ENG', EN), ('RUS', RU)), 'On heat', EN, []),
+    (elibrary(('ENG', EN), ('RUS', RU), said='<langPubl>RUS</langPubl>'), 'О теплоте', RU, []),
+    (elibrary(('ENG', EN)), 'On heat', EN, []),
+    (elibrary(('ENG', 'CO<sub>2</sub> flows.')), 'On heat', 'CO2 flows.', []), (elibrary(), 'О теплоте', '', []),
+    (elibrary(('ENG', EN), body='<text lang="RUS">Мы<br/>ждём.</text>'), 'О теплоте', EN, [dict(title='', text='Мы\n\nждём.')])])
+def test_the_russian_index_is_read_in_the_language_of_the_article(data, title, text, sections):
+    found, = fields_of(data)
+    assert (found['title'], found['text'], found['sections'], found['id']) == (title, text, sections, 'ABC')
