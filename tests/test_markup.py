@@ -213,6 +213,12 @@ def test_formula_on_one_line(markup):
     assert as_formula(markup) == FORMULAS[markup]
 
 
+@pytest.mark.parametrize('markup', FORMULAS)
+def test_cleaning_leaves_formulas_alone(markup):
+    text = f'We see that {FORMULAS[markup]} is what it is, and {FORMULAS[markup]} again.'
+    assert apply_rules(text)[0] == text
+
+
 PRESENTATION = ('mfrac msup msub munder mover').split()
 formulas = st.recursive(st.sampled_from(['<mn>1</mn>', '<mn>23</mn>', '<mi>sin</mi>', '<mtext>rate</mtext>']), lambda inner: st.one_of(
     st.tuples(st.sampled_from(PRESENTATION), inner, inner).map(lambda made: f'<{made[0]}>{made[1]}{made[2]}</{made[0]}>'),
