@@ -7,8 +7,8 @@ __all__ = ['MATH', 'MARK', 'BREAKS', 'NAMES', 'TAG', 'LOW', 'SUSPECT', 'GONE', '
            'GLUED', 'ACCENT', 'COMMAND', 'BARE', 'TIE', 'DASH', 'QUOTES', 'CITED', 'SPECIAL', 'LISTS', 'THANKS',
            'HEADING', 'REFERENCES', 'LAST_THANKS', 'ENTRY', 'APPENDIX', 'FIRST', 'LAST', 'PAIRS', 'AND', 'WRAP',
            'NEW_ITEM', 'SENTENCE', 'OPENING', 'YEAR', 'RIGHTS', 'LABELS', 'CLOSING', 'ALONE', 'BOILERPLATE', 'rules',
-           'ENGLISH', 'OTHER_CYRILLIC', 'PLACEHOLDER', 'LETTERS', 'filters', 'hide', 'show', 'entities', 'low_or_high',
-           'tags', 'spaces', 'unicode', 'converter', 'symbol', 'command', 'bare', 'accent', 'latex', 'commands',
+           'ENGLISH', 'OTHER_CYRILLIC', 'PLACEHOLDER', 'LETTERS', 'filters', 'hide', 'show', 'entities', 'tags',
+           'spaces', 'unicode', 'converter', 'symbol', 'command', 'bare', 'accent', 'latex', 'commands',
            'is_back_matter', 'references', 'join_word', 'is_wrapped', 'line_breaks', 'boilerplate', 'apply_rules',
            'identifier', 'language_code', 'language', 'body', 'placeholder', 'other_language', 'short', 'symbols',
            'repetition', 'Cleaned', 'without_rules', 'clean']
@@ -26,6 +26,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from html.entities import html5
 
+from .markup import low_or_high
 from .runs import InputError
 
 # %% ../nbs/10_cleaning.ipynb #1d85e504
@@ -80,19 +81,13 @@ def entities(text: str) -> str:
     return text
 
 
-def low_or_high(match: re.Match) -> str:
-    "H<sub>2</sub>O as H2O, T<sub>max</sub> as T_max, 10<sup>5</sup> as 10^5, 19<sup>th</sup> as 19th."
-    inner = match[2].strip()
-    if not match[1].lower().endswith('sup'): return ('' if inner[:1].isdigit() or not inner.isalnum() else '_') + inner
-    return inner if re.fullmatch(r'st|nd|rd|th|®|™|o|°|\W*', inner) else '^' + inner
-
-
 def tags(text: str) -> str:
     "Text without the tags of HTML and JATS; what only looks like one, such as <z> or <think>, stays."
     if '<' not in text: return text
     hidden, formulas = hide(re.sub(r'<!--.{0,9999}?-->', '', text, flags=re.DOTALL))
     if 'tex-math' in hidden: hidden = re.sub(r'(?s)<mml:math\b.{0,9999}?</mml:math>', '', hidden)  # the same formula once more
-    hidden = LOW.sub(low_or_high, re.sub(r'(?s)<!\[CDATA\[(.{0,20000}?)\]\]>', r'\1', hidden))
+    hidden = re.sub(r'(?s)<!\[CDATA\[(.{0,20000}?)\]\]>', r'\1', hidden)
+    hidden = LOW.sub(lambda match: low_or_high(match[1].lower().endswith('sup'), match[2]), hidden)
     closed = {name.lower() for name in re.findall(r'</((?:\w+:)?[\w-]+)\s*>', hidden)}
 
     def drop(match: re.Match) -> str:

@@ -170,7 +170,10 @@ BROKEN = {
     'an entity bomb': ('a.xml', LOL, [], [(1, 'entit')]),
     'an entity that names a file': ('a.xml', '<!DOCTYPE article [<!ENTITY x SYSTEM "a.xml">]><article><front>&x;</front></article>', [],
                                     [(1, 'declares entities of its own')]),
-    'XML of another kind': ('a.xml', '<?xml version="1.0"?><rss><item>heat</item></rss>', [], [(1, 'XML without one of <article>')]),
+    'XML of another kind': ('a.xml', '<?xml version="1.0"?><!-- <x> --><kml:kml xmlns:kml="k"><item>heat</item></kml:kml>', [],
+                            [(1, '<item> holds nothing, which is no form of record')]),
+    'XML of an unknown root': ('a.xml', '<?xml version="1.0"?><!-- <x> --><kml><place>heat</place></kml>', [],
+                               [(1, 'XML of <kml>, none of the forms')]),
     'XML nested too deeply': ('a.xml', '<article>' + '<p>'*1000, [], [(1, 'broken XML')]),
     'an entity of a DTD far away': ('a.xml', '<!DOCTYPE article SYSTEM "http://127.0.0.1:9/no.dtd"><article><front><article-title>&alpha;'
                                     '</article-title></front></article>', [1], []),
