@@ -213,7 +213,7 @@ kinds |= dict(
         'PMID', 'OT', 'MH', goes_on=' {6}', signs='', suffixes='nbib medline', mend=untranslated,
         example=sample('PMID- 7\nTI  - $1\nAB  - $2\nMH  - *Heat\nOT  - heat\nOT  - cold\nLID - $3 [doi]\n\n')),
     ovid=Tags(
-        'Ovid, with numbers', begins(r'\s*<\d+[. ]*>\s*\n\s*(?:[A-Z]{2} *- |[A-Z][\w /()-]{2,40}\n\s+\S)'), r'<\d+[. ]*>\s*$',
+        'Ovid, with numbers', begins(r'\s*<\d+[. ]*>\s*\n\s*(?:[A-Z]{2} *- |[A-Z][\w /()-]{2,40}\s*\n\s+\S)'), r'<\d+[. ]*>\s*$',
         r'([A-Z][A-Z0-9]{1,3}(?= *- )|[A-Z][\w /()-]{2,40}(?=\s*$))(?: *- )?(.*)', 'Title|TI', 'Abstract|AB',
         'Digital Object Identifier|DO|DI|Unique Identifier|Accession Number|UI|AN', 'Keyword Heading|Key Words|Keywords|KW|ID|SH',
         'MeSH Subject Headings|Subject Headings|MH',
@@ -348,7 +348,7 @@ def read_summaries(source: Opened) -> Iterator[Row | Refused]:
 # %% ../nbs/03_exports.ipynb #a90e9cd5
 ENTRY = re.compile(r'\s*@\s*(\w+)\s*[{(]')
 SURE = re.compile(r'\s*@\s*(?:(?:string|comment|preamble)\b|\w+\s*[{(]\s*(?:[^,{}"=\n]*,\s*(?:[\w-]+\s*=.*)?)?$)', re.IGNORECASE)
-FIELD = re.compile(r'[\s,]*[\w-]+\s*=\s*[{"\d]')
+FIELD = re.compile(r'[\s,}]*[\w-]+\s*=\s*[{"\d]')
 MISSING = 'a brace, quotation mark or comma is missing; mend the record'
 AHEAD = 20  # entries that an abstract may seem to hold
 
@@ -394,8 +394,8 @@ def entry_lines(first: tuple, following: Callable[[], tuple | None]) -> tuple[li
         size += len(line[1])
         if rest is not None:
             beyond = [(line[0], rest, '')]*bool(rest.strip())
-            if rest.strip() == ',' and (line := following()) is not None: beyond.append(line)
-            more = bool(beyond) and rest.strip()[:1] == ',' and FIELD.match(beyond[-1][1])  # the last brace closed the entry too early
+            if re.fullmatch(r'[\s,}]+', rest) and (line := following()) is not None: beyond.append(line)
+            more = bool(beyond) and rest.strip()[:1] in (',', '}') and FIELD.match(beyond[-1][1])  # the last brace closed the entry too early
             many = f'a brace too many before {beyond[-1][1].strip()[:20]!r}; mend the record' if more else ''
             problem = next((line[2] for _, line in taken if line[2]), many)
             return [text for text, _ in taken], problem, beyond
@@ -521,7 +521,7 @@ def read_bibtex(source: Opened) -> Iterator[Row | Refused]:
 
 # %% ../nbs/03_exports.ipynb #b847b83c
 STYLES = [re.compile(style) for style in (
-    r'\s{0,3}([A-Za-z][A-Za-z0-9]{1,3}) {0,4}-(?: |$)', r'(%\S)(?: |$)', r'\.([A-Z])(?: |$)', r'([A-Z][A-Z0-9]) +\S',
+    r'\s{0,3}([A-Za-z][A-Za-z0-9]{1,3}) {0,4}-(?: |$)', r'(%\S)(?: |$)', r'\.([A-Z])(?: |$)', r'(#[*@!%]|#\w{1,8})(?: |$)', r'([A-Z][A-Z0-9]) +\S',
     r'\{([^{}]{1,40})\}\s*[:=]?\s*', r'\s*<(\w[\w .-]{0,30})>:?(?!\s*<)', r'\[([^\[\]]{1,30})\]\s*[:=]?\s*\S',
     r'(?:- |[#@*:])?\s{0,4}([^\W\d_][\w /().-]{0,30}?)\s*[:：](?:\s|$)', r'\*\*([^*:]{1,30}):?\*\*:?(?:\s|$)',
     r'[@#]?([^\W\d_][\w -]{0,25}?)\s*[=|]\s*\S', r'([^\W\d_][\w ]{0,25}?)\t+\S', r'[@#:\\]([A-Za-z]\w{0,25}):?\s+\S',
