@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'ITEM', 'DOI', 'CODE', 'RIS', 'PAPERS', 'kinds', 'TITLES', 'TEXTS', 'OTHERS', 'LABEL', 'PARTING', 'NOTE',
-           'KEYWORDS', 'NAME', 'ENTRY', 'SURE', 'FIELD', 'MISSING', 'AHEAD', 'KEPT', 'SIGNS', 'ONE', 'ARXIV', 'NO_KEY',
-           'STYLES', 'A_TITLE', 'AN_ABSTRACT', 'PEOPLE', 'bib', 'abstracts', 'summaries', 'readers', 'bibtex',
-           'formats', 'blocks', 'parsed', 'Tags', 'tags_in', 'flowing', 'values_of', 'text_of', 'words_in', 'identity',
-           'tag_fields', 'tag_reader', 'sample', 'untranslated', 'with_title', 'one_title', 'labels_of', 'is_labelled',
-           'read_labelled', 'pubmed_fields', 'read_pubmed', 'no_abstracts', 'read_summaries', 'Braces', 'entry_lines',
-           'bibtex_blocks', 'decoder', 'delatexed', 'concatenated', 'entry_values', 'bibtex_fields', 'read_bibtex',
-           'repeated', 'tags_of', 'tag_style', 'is_grid', 'unknown_form', 'form_of']
+           'KEYWORDS', 'NAME', 'ENTRY', 'SURE', 'FIELD', 'MISSING', 'AHEAD', 'KEPT', 'PLAIN', 'WORDS', 'SIGNS', 'ONE',
+           'ARXIV', 'NO_KEY', 'STYLES', 'A_TITLE', 'AN_ABSTRACT', 'PEOPLE', 'bib', 'abstracts', 'summaries', 'readers',
+           'bibtex', 'formats', 'blocks', 'parsed', 'Tags', 'tags_in', 'flowing', 'values_of', 'text_of', 'words_in',
+           'identity', 'tag_fields', 'tag_reader', 'sample', 'untranslated', 'with_title', 'one_title', 'labels_of',
+           'is_labelled', 'read_labelled', 'pubmed_fields', 'read_pubmed', 'no_abstracts', 'read_summaries', 'Braces',
+           'entry_lines', 'bibtex_blocks', 'decoder', 'delatexed', 'concatenated', 'entry_values', 'bibtex_fields',
+           'read_bibtex', 'repeated', 'tags_of', 'tag_style', 'is_grid', 'unknown_form', 'form_of']
 
 # %% ../nbs/03_exports.ipynb #5ab5d752
 import re
@@ -424,6 +424,8 @@ KEPT = re.compile(r"""
   | [_^]\{ (?!\w+\}) [^{}]* \}               # x^{n+1}, where braces say something
   | ~ | \\[~^] \s* \{\s*\}                     # no accents: there is no letter
 """, re.VERBOSE | re.DOTALL)
+PLAIN = r'[^\s\\{}\[\]$&#%~`\'"^_<>?!\-\U000F0000-\U000FFFFD]+'
+WORDS = re.compile(rf'((?<!\S){PLAIN}\s+)((?:{PLAIN}\s+)+)')  # after the first, which a command may stand before: plain words
 SIGNS = dict(
     textless='<', textgreater='>', pounds='£', S='§', P='¶', textcelsius='°C', degree='°', textquotedbl='"', slash='/', micro='µ',
     textasciicircum='^', textsubscript='<sub>%s</sub>', textsuperscript='<sup>%s</sup>', url='%s', mbox='%s', href='%(2)s', LaTeX='LaTeX',
@@ -454,10 +456,12 @@ def delatexed(text: str) -> str:
     if not re.search(r'[\\{}]', text): return text
     kept = []
 
-    def keep(match: re.Match) -> str:
-        kept.append(match[0])
+    def keep(text: str) -> str:
+        kept.append(text)
         return chr(0xF0000 + len(kept) - 1)
-    hidden = re.sub(r'(?<!\\)([%&$#])', r'\\\1', KEPT.sub(keep, re.sub('[\U000F0000-\U000FFFFD]', '', text), count=65_000))
+    hidden = KEPT.sub(lambda match: keep(match[0]), re.sub('[\U000F0000-\U000FFFFD]', '', text), count=30_000)
+    hidden = WORDS.sub(lambda match: match[1] + keep(match[2]), hidden, count=30_000)  # pylatexenc is slow, a letter at a time
+    hidden = re.sub(r'(?<!\\)([%&$#])', r'\\\1', hidden)
     try: plain = decoder()(hidden)
     except Exception: plain = re.sub(r'(?<!\\)[{}]', '', hidden)  # no LaTeX that can be parsed
     shown_again = lambda match: re.sub(r'^\\([~^])\s*\{\s*\}$', r'\1', kept[ord(match[0]) - 0xF0000])
