@@ -376,7 +376,9 @@ class Braces:
         return ''.join([*parts, text[place:end]]), text[end:]
 
     @property
-    def in_field(self) -> bool: return self.depth > self.base or self.quoted
+    def in_field(self) -> bool:
+        "Whether a value has begun and not ended."
+        return self.depth > self.base or self.quoted
 
 
 def entry_lines(first: tuple, following: Callable[[], tuple | None]) -> tuple[list[str], str, list[tuple]]:
