@@ -531,7 +531,7 @@ STYLES = [re.compile(style) for style in (
     r'([A-Z][A-Z0-9]) +\S', r'\{([^{}]{1,40})\}\s*[:=]?\s*', r'\s*<(\w[\w .-]{0,30})>:?(?!\s*<)', r'\[([^\[\]]{1,30})\]\s*[:=]?\s*\S',
     r'(?:- |[#@*:])?\s{0,4}([^\W\d_][\w /().-]{0,30}?)\s*[:：](?:\s|$)', r'\*\*([^*:]{1,30}):?\*\*:?(?:\s|$)',
     r'[@#]?([^\W\d_][\w -]{0,25}?)\s*[=|]\s*\S', r'([^\W\d_][\w ]{0,25}?)\t+\S', r'[@#:\\]([A-Za-z]\w{0,25}):?\s+\S',
-    r'([^\W\d_][\w]{0,25}) {2,}\S', r'([A-Z][\w ]{0,25}?) [-–—] \S')]
+    r'([^\W\d_][\w]{0,25}) {2,}\S', r'([A-Z][\w ]{0,25}?) [-–—] \S', r'([^\W\d_][\w ]{0,25}?)\s*$')]  # the last: a name alone
 A_TITLE = re.compile(rf'%?t|ti|tl|t1|ttl|%t|{TITLES}|titel|titolo|标题|题名|篇名', re.IGNORECASE)
 AN_ABSTRACT = re.compile(rf'ab|abs|n2|%x|x|w|abst|abstr|{TEXTS}|riassunto|résumé|摘要|description|описание', re.IGNORECASE)
 PEOPLE = re.compile(r'au|a1|%a|a|authors?|автор|авторы|auteurs?|autoren|作者', re.IGNORECASE)
@@ -562,7 +562,7 @@ def tag_style(text: list[str]) -> str:
         if len(kinds) < 3: continue
         title, abstract, people = (any(pattern.fullmatch(tag) for tag in kinds) for pattern in (A_TITLE, AN_ABSTRACT, PEOPLE))
         share, again = len(tags)/len(text), repeated(tags)
-        named = title and abstract and (share > 0.15 or again) or title and people and share > 0.5 and again
+        named = title and abstract and (again or share > 0.15 and style != STYLES[-1]) or title and people and share > 0.25 and again
         if named or again and share > 0.6 and 3 < len(kinds) <= len(tags)/3: return ', '.join(list(dict.fromkeys(tags))[:4])
     return ''
 

@@ -374,6 +374,8 @@ UNKNOWN = {
     'Russian table': f'номер;имя;кто;что\n1;О теплоте;Доу;{ТЕПЛО}\n2;О холоде;По;{ТЕПЛО}\n',
         'bars': f'a|b|c\n1|Heat|{HEAT}\n2|Cold|{HEAT}\n',
     'quoted': f'"1","Heat","{HEAT}"\n"2","Cold","{HEAT}"\n"3","Ice","{HEAT}"\n',
+    'names alone': f'TITLE\nHeat\nAUTHOR\nDoe\nABSTRACT\n{HEAT}\n\n'*2,
+    'arXiv by mail': f'\\\\\narXiv:1\nFrom: Doe\nDate: 1\n\nTitle: Heat\nAuthors: Doe\n\\\\\n {HEAT}\n'*3,
     'padded': f'TITLE   Heat\nAUTHOR  Doe\nABSTRACT  {HEAT}\n\n'*2,
 }
 
@@ -409,6 +411,7 @@ PROSE = {
     'a recipe': f'Tea\n\nTime: 5 min\nServes: 2\nWater: 1 l\n\n{HEAT} Then wait.\n{HEAT}\n', 'a list': '1. Heat\n2. Cold\n3. Ice\n',
         'one line': HEAT, 'tabs before': f'\t{HEAT}\n\t{HEAT}\n',
     'a paper': f'On Heat\n\nJ. Doe\n\nAbstract: {HEAT}\n\nKeywords: heat, cold\n\n1 Introduction\n\n' + f'{HEAT}\n'*30,
+    'a guide': f'Title\nAbstract\nAuthors\nMethods\n\n{HEAT}\n{HEAT}\n',
     'scripture': ''.join(f'{n}:{m} {ТЕПЛО}\n' for n in range(1, 5) for m in range(1, 9)),
         'a time table': 'Heat at noon, cold at night; ice in May; steam in June.\n'*2,
 }
