@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
+from .exports import unknown_form
 from .reading import LARGEST, Format, Opened, Refused, Row, begins, lines, shown
 
 # %% ../nbs/07_documents.ipynb #61a46086
@@ -50,13 +51,15 @@ def whole_text(source: Opened) -> tuple[str, str]:
 
 
 def read_text(source: Opened) -> Iterator[Row | Refused]:
-    "Plain text: one document, or a collection if there is much of it."
+    "Plain text: one document, or a collection if there is much of it; what only looks like text, an export of another kind, is refused."
     taken, size, found = [], 0, lines(source)
     for line in found:
         taken.append(line)
-        if (size := size + len(line[1])) > COLLECTION: yield from parted(source, chain(taken, found)); return
+        if (size := size + len(line[1])) > COLLECTION: break
     text, bad = ''.join(text for _, text, _ in taken), next((line for line in taken if line[2]), None)
-    if bad: yield Refused(source.name, bad[0], bad[2], shown(bad[1]))
+    if reason := unknown_form(text): yield Refused(source.name, 1, reason, shown(text))
+    elif size > COLLECTION: yield from parted(source, chain(taken, found))
+    elif bad: yield Refused(source.name, bad[0], bad[2], shown(bad[1]))
     elif text.strip(): yield Row(source.name, 1, titled(text))
 
 
