@@ -21,6 +21,14 @@ CHANGED = dict(
         ('$a &lt; b$', '$a < b$'),
         ('5&nbsp;км', '5 км')],
     tags=[
+        ('Glass:<ul><li>Wait</li><li>Look</li></ul>Done', 'Glass:\n\nWait\nLook\n\nDone'),
+        ('<table><tr><th>a</th><td>b</td></tr><tr><td>c</td></tr></table>', 'a b\nc'),
+        ('<dl><dt>Heat</dt><dd>flows</dd></dl>', 'Heat\nflows'),
+        ('<jats:p>One:</jats:p><jats:list><jats:list-item><jats:p>Two</jats:p></jats:list-item></jats:list>', 'One:\n\nTwo'),
+        ('<section><h5>Цель</h5>Мы ждём.</section>', 'Цель\n\nМы ждём.'),
+        ('10<sup><i>n</i></sup>, e<sup>x<sub>i</sub></sup>, m<sup class="u">2</sup>', '10^n, e^x_i, m^2'),
+        ('is <mml:math><mml:mfrac><mml:mn>1</mml:mn><mml:mn>2</mml:mn></mml:mfrac></mml:math>.', 'is 1/2.'),
+        ('<math xmlns="http://www.w3.org/1998/Math/MathML"><msup><mi>x</mi><mn>2</mn></msup><mo><</mo><mn>5</mn></math>', 'x^2 < 5'),
         ('<jats:p>Heat <jats:italic>flows</jats:italic>.</jats:p>', 'Heat flows.'),
         ('CO<sub>2</sub>, 10<sup>5</sup>, T<sub>max</sub>, 19<sup>th</sup>', 'CO2, 10^5, T_max, 19th'),
         ('One.<br>Two.<br/>Three.', 'One.\nTwo.\nThree.'),
@@ -31,6 +39,13 @@ CHANGED = dict(
         ('<i>p</i> < 0.05 and n > 3', 'p < 0.05 and n > 3'),
         ('<tex-math>$x$</tex-math><mml:math><mml:mi>x</mml:mi></mml:math>', '$x$')],
     unicode=[
+        ('The ﬁrst ﬂow of eﬀicient oﬃces, eﬄuent and coﬀee; ﬅ and ﬆ',
+         'The first flow of efficient offices, effluent and coffee; st and st'),
+        ('the de ﬁ nition of di ﬀ erent ﬁ elds', 'the definition of different fields'),
+        ('di ﬀerent, turned o ﬀ the', 'different, turned off the'),
+        ('in ﬁ nite, in ﬁnite, in ﬂuence, in ﬂ uence', 'in fi nite, in finite, in fluence, influence'),
+        ('zo ﬁ x is a zofix', 'zofix is a zofix'),
+        ('\uf0b7 one\n\uf0b7 \u0434\u0432\u0430', '• one\n• два'),
         ('SchrÃ¶dingerâ€™s', 'Schrödinger’s'),
         ('РџСЂРёРІРµС‚, РјРёСЂ', 'Привет, мир'),
         ('cafe\u0301', 'café'), ('и\u0306од', 'йод'),
@@ -41,6 +56,17 @@ CHANGED = dict(
         ('state-of-the\x02art', 'state-of-the-art'),
         ('  a  b\t c \n\n\n\n d ', 'a b c\n\nd')],
     latex=[
+        (r'at \SI{10}{\kelvin}, \qty{10}{\kilo\metre\per\second\squared}', 'at 10 K, 10 km/s^2'),
+        (r'\SIrange{1}{2}{\metre}', '1 to 2 m'),
+        (r'\num{1e5}, \num{1.5e-3}, \numrange{1}{2}, \numlist{1;2}', '10^5, 1.5 × 10^-3, 1 to 2, 1 and 2'),
+        (r'\SI{3e8}{\m\per\s}, \SIlist{1;2;3}{\m}', '3 × 10^8 m/s, 1, 2 and 3 m'),
+        (r'\ang{30}, \ang{1;2;3}, \SI{25}{\degreeCelsius}, \SI{90}{\degree}, \SI{5}{\percent}', '30°, 1°2′3″, 25 °C, 90°, 5%'),
+        (r'\SI[per-mode=symbol]{5}{\joule\per\mole\per\kelvin}, \SI{1.2(3)}{\GeV}', '5 J/mol/K, 1.2(3) GeV'),
+        (r'\si{\micro\metre}, \unit{kg.m/s^2}, \SI{1}{\cubic\centi\metre}, \SI{10}{\kg\m\tothe{2}}', 'µm, kg m/s^2, 1 cm^3, 10 kg m^2'),
+        (r'Тепло: \SI{5+-1}{\metre} на \SI{20 x 30}{\mm}', 'Тепло: 5 ± 1 m на 20 × 30 mm'),
+        (r'So:\begin{itemize}\item First.\item Second.\end{itemize}Next', 'So:\n- First.\n- Second.\nNext'),
+        (r'\begin{description}\item[Heat] flows\item[(i)] waits\end{description}', '- Heat: flows\n- (i) waits'),
+        (r'We \begin{small}wait\end{small} here.\\Then', 'We wait here.\nThen'),
         (r'\emph{very} {\it old} {\bf map} \texttt{code}', 'very old map code'),
         (r'\textbf{\emph{nested} text}', 'nested text'),
         (r"Poincar\'e, G{\"o}del, \v{S}ev\v{c}\'{\i}k, M\"uller, Erd\H{o}s, fa\c{c}ade, S\o ren",
@@ -92,11 +118,53 @@ CHANGED = dict(
         (f'{HEAT} Comments: 12 pages, 3 figures', HEAT),
         (f'УДК 536.2\n{WARM}', WARM), (f'{HEAT}\nKeywords: heat\n{HEAT}', f'{HEAT}\n{HEAT}')])
 
+# What data bases and publishers write behind an abstract, alone or one behind the other.
+NOTICES = """[ABSTRACT FROM AUTHOR]
+(ABSTRACT FROM PUBLISHER)
+[Abstract from author]
+(PsycInfo Database Record (c) 2021 APA, all rights reserved)
+(c) 2009 APA, all rights reserved. (PsycINFO Database Record (c) 2012 APA, all rights reserved).
+Copyright of Journal of Films, Vol. 3 is the property of Some Press and its content may not be copied or emailed to multiple sites or \
+posted to a listserv without the copyright holder's express written permission. However, users may print, download, or email articles \
+for individual use. This abstract may be abridged. No warranty is given about the accuracy of the copy. Users should refer to the \
+original published version of the material for the full abstract. (Copyright applies to all Abstracts.)
+[ABSTRACT FROM AUTHOR] Copyright of Heat &amp; Mass is the property of A & B Ltd and its content may not be copied.
+(As Provided)
+(Contains 3 tables and 2 figures.)
+(Contains 2 figures, 1 table, and 5 notes.)
+(Author)
+(Author abstract)
+Copyright © 2018 Elsevier Ltd. All rights reserved.
+© The Author(s) 2021. Published by Oxford University Press on behalf of the Society. For permissions, please e-mail: x@oup.com.
+Copyright (C) 2009 John Wiley & Sons, Ltd.
+© 2020 Wiley Periodicals LLC
+© 2019 by the authors. Licensee MDPI, Basel, Switzerland. This article is an open access article distributed under the terms and \
+conditions of the Creative Commons Attribution (CC BY) license (http://creativecommons.org/licenses/by/4.0/).
+Copyright: © 2017 Fourier et al. This is an open access article distributed under the terms of a Creative Commons License.
+This article is protected by copyright. All rights reserved.
+Published by Elsevier B.V.
+Published under license by AIP Publishing.
+2018 Elsevier Ltd. All rights reserved.
+(C) 2015 IEEE.
+DOI: http://dx.doi.org/10.1103/PhysRevB.12.345
+Supplementary information is available at Journal of Films online.
+Supplementary information: Supplementary data are available at Bioinformatics online.
+Crown Copyright © 2010 Published by Elsevier Ltd. All rights reserved.
+Crown Copyright 2009. All rights reserved.
+© 2022. The Author(s), under exclusive licence to Springer Nature Limited.
+© Georg Thieme Verlag KG Stuttgart · New York.
+Все права защищены.
+© Авторы, 2020
+© Коллектив авторов, 2019.
+© Иванов И.И., Петров П.П., 2020
+© ООО «Издательство „Тепло“», 2019""".split('\n')
+
 KEPT = dict(
     entities=['AT&T; R&D', 'https://x.org/?a=1&copy=2', 'S&P 500', '&unheardof;', 'a && b'],
     tags=['a < b and c > d', 'the mean <x, y> of <z>', 'the tokens <think> and </s>', 'if p<q then <b> is large', '$<i>$', 'x <- y; y -> x',
           'List<int> and <image>', 'при a<b и c>d'],
-    unicode=['“curled” ‘quotes’ — and naïve Ångström', 'ℋ of 𝟚, ﬁne, x² and H₂O', 'Привет, «мир» — ёлка № 5', '数学', 'α → β ≤ γ',
+    unicode=['“curled” ‘quotes’ — and naïve Ångström', 'ℋ of 𝟚, x² and H₂O, ½ and ™', 'ĳsberg', 'ﬓ', '´e',
+             'Привет, «мир» — ёлка № 5', '数学', 'α → β ≤ γ',
              'Poincaré’s “café”'],
     latex=[r'C:\Users\name', r'the pattern \d+\.txt', 'scilm --strict and --flags', 'https://x.org/~me', 'about ~5% and 3%~10%',
            "f''(x) = 0",
@@ -107,7 +175,16 @@ KEPT = dict(
                 'We thank\nall references.', f'{HEAT}\n\nMethods\nWe heat.'],
     line_breaks=['Two kinds:\n- warm bodies, which give heat to all the others\n- cold bodies, which take it from them', 'one\ntwo\nthree',
                  '12\n15\n19\n28', f'{HEAT}\n\n{WARM}', 'x-\nY', '1-\n2', 'def f(x):\nreturn x', '$a-\nb$'],
-    boilerplate=['Abstract algebra is fun.', 'Abstract Meaning Representation (AMR) is a graph.', 'Summary statistics are kept.',
+    boilerplate=['Abstract algebra is fun.', 'Abstract Wiener spaces are studied.', 'Abstract Interpretation is a theory.',
+                 'Abstract Syntax Trees are used.', 'Abstract Heat spaces are new. Every abstract space is one.',
+                 'Summary Statistics are kept.',
+                 f'{HEAT} The trial was registered at ClinicalTrials.gov (NCT01234567).', f'{HEAT} Trial registration: NCT01234567.',
+                 f'{HEAT} PROSPERO registration: CRD42018012345.', f'{HEAT} The copyright of songs is the property of their authors.',
+                 f'{HEAT} We asked the author (author).', f'{HEAT} Supplementary oxygen is given to warm patients.',
+                 f'{HEAT} In 2018 Elsevier published it.', f'{HEAT} DOI: names of objects are studied.',
+                 f'{HEAT} The box (contains 3 tables) is warm.',
+                 'It was (a) warm; (b) cold; (c) Temperatures in 2001 rose.', 'Резюме соискателя анализируется моделью.',
+                 'Abstract Meaning Representation (AMR) is a graph.', 'Summary statistics are kept.',
                  'We study copyright, keywords and published work.', f'{HEAT} Code is available at https://heat.org.', '© 1822',
                  'Keywords: heat',
                  'It has (a) warmth, (b) flow and (c) 2001 bodies were heated.', f'{HEAT} Data are available at zenodo.org.',
@@ -127,6 +204,21 @@ def test_rule_leaves_alone(name, text):
     if '\n' not in text: assert apply_rules(text) == (text, []), 'nor does another rule touch it'
 
 
+@pytest.mark.parametrize('notice', NOTICES)
+@pytest.mark.parametrize('text', [HEAT, WARM])
+def test_notices_of_data_bases_and_publishers_are_cut_off(text, notice):
+    assert apply_rules(f'{text} {notice}') == (text, ['entities', 'boilerplate'] if '&amp;' in notice else ['boilerplate'])
+    assert apply_rules(f'{text}\n{notice}')[0] == text
+
+
+@pytest.mark.parametrize('before', ['Abstract ', 'ABSTRACT ', 'Summary ', '<jats:title>Abstract</jats:title><jats:p>', '© 2018 IEEE. ',
+                                    '© 2016 Elsevier B.V. All rights reserved.',
+                                    'Copyright © 2015 The Authors. Published by Elsevier Ltd.'])
+@pytest.mark.parametrize('text', ['Orthoconic walls carry sound in each direction.', 'DNA repair is fast in the cold of winter.', ABSTRACT])
+def test_headings_and_rights_before_an_abstract_are_cut_off_even_without_punctuation(before, text):
+    assert apply_rules(before + text)[0] == text
+
+
 @pytest.mark.parametrize('name', rules)
 def test_a_rule_that_is_switched_off_does_nothing(name):
     record = dict(id='1', title='', text='\n'.join(f'{ABSTRACT}\n{before}' for before, _ in CHANGED[name]))
@@ -137,7 +229,14 @@ def test_a_rule_that_is_switched_off_does_nothing(name):
     ('placeholder', 'No abstract available.'), ('placeholder', 'N/A'), ('placeholder', '[No abstract provided]'),
     ('placeholder', 'Аннотация отсутствует.'),
     ('placeholder', 'This paper has been withdrawn by the author due to a crucial error in equation 3, which makes Theorem 2 wrong.'),
-    ('placeholder', 'Withdrawn.'), ('placeholder', 'Статья отозвана авторами.'),
+    ('placeholder', 'Withdrawn.'), ('placeholder', 'Статья отозвана авторами.'), ('placeholder', '[No abstract]'),
+    ('placeholder', 'There is no abstract available for this article.'), ('placeholder', 'Аннотация не предоставлена.'),
+    ('placeholder', 'This Article-in-Press has been withdrawn. The Publisher apologizes for any inconvenience this may cause.'),
+    ('placeholder', 'WITHDRAWN: this paper had errors in it which we could not mend in any way at all, and we are sorry for them.'),
+    ('placeholder', 'The Publisher regrets that this article has been temporarily removed. A replacement will appear as soon as possible.'),
+    ('placeholder', 'The above article, published online on 1 May 2001 in a journal, has been retracted by agreement between the editors.'),
+    ('placeholder', 'The authors have retracted this article because its figures were used in another paper before by the same authors.'),
+    ('placeholder', '[This retracts the article DOI: 10.1155/2021/1234567.].'),
     ('language', 'Wir untersuchen die Ausbreitung der Wärme in festen Körpern und zeigen, dass die Gleichung genau eine Lösung hat.'),
     ('language', '本文研究了固体中的热传导方程，并证明了该方程有唯一解。我们给出了数值方法，并与实验结果进行了比较。'),
     ('short', 'On the flow of heat in solid bodies'), ('short', '1 2 3 4 5 6 7 8 9 10 11 12 heat'), ('short', 'Тепло течёт.'),
@@ -148,6 +247,17 @@ def test_filter_objects_with_its_reason(name, text):
     assert done.reason.startswith(f'{name}: ') and len(done.reason) > len(name) + 3
     assert not clean(dict(id='1', title='Heat', text=text), list(filters)).reason
     assert not clean(dict(id='1', title='Heat', text=text), [name]).reason.startswith(name)
+
+
+@pytest.mark.parametrize('title', ['RETRACTED: Heat', 'Retracted: Heat', '[RETRACTED] Heat', 'RETRACTED ARTICLE: Heat', 'WITHDRAWN: Heat',
+                                   'TEMPORARY REMOVAL: Heat', 'Retraction notice to "Heat"', 'Retraction Note: Heat', 'Отозвана: тепло'])
+def test_a_paper_whose_title_says_that_it_was_withdrawn_is_left_out(title):
+    assert clean(dict(id='1', title=title, text=ABSTRACT)).reason.startswith('placeholder: the title says')
+
+
+@pytest.mark.parametrize('title', ['Retracted papers: who cites them?', 'Withdrawal of alcohol: a review', 'Retraction of the needle',
+                                   'Heat removed: how'])
+def test_a_paper_about_withdrawing_is_kept(title): assert clean(dict(id='1', title=title, text=ABSTRACT)).reason == ''
 
 
 @pytest.mark.parametrize('text', [
@@ -249,7 +359,9 @@ def test_mathematics_survives_to_the_letter(inner, form, around):
 @pytest.mark.parametrize('text',
                          ['\\' * 5000, '$' * 5001, '{' * 5000, '<' * 5000, '&amp;' * 3000, '-' * 5000, 'a-\n' * 3000, "''" * 3000,
                           '``a' * 3000, '\\emph{' * 2000, ' © 2019' * 1000, '\n12' * 3000, '~' * 5000, '[1] ' * 2000, '$a' * 3000,
-                          '\\(' * 2000, '<!--' * 1000])
+                          '\\(' * 2000, '<!--' * 1000, '<math>' * 2000, '<sup>' * 2000, 'ﬁ ' * 3000, 'Copyright of ' * 500,
+                          '(c) 2001 A ' * 500,
+                          '\\SI{' * 2000, '(Contains 1 table, ' * 500])
 def test_no_text_takes_forever(text):
     "No pattern may backtrack without end: such a text takes hours or an instant, so a minute of the processor tells them apart."
     import time

@@ -182,6 +182,8 @@ BROKEN = {
     'a text with a NUL': ('a.txt', 'On heat\n\nHeat\0flows.', [], [(3, 'NUL byte')]),
     'Markdown in another encoding': ('a.md', f'# On heat\n\n{ТЕПЛО}'.encode('cp1251'), [], [(3, 'looks like cp1251')]),
     'front matter that is no YAML': ('a.md', '---\ntitle: [\n---\n# On heat\n', [], [(1, 'cannot be parsed')]),
+    'a style of LaTeX': ('a.sty', '\\newcommand{\\x}{y}', [], [(1, 'a file that LaTeX needs or writes')]),
+    'a style of LaTeX told by its beginning': ('a', '% x\n\\ProvidesPackage{x}', [], [(1, 'a file that LaTeX needs or writes')]),
     'LaTeX nested too deeply': ('a.tex', '\\documentclass{a}' + '{'*50_000, [], [(1, 'cannot be parsed')]),
     'LaTeX that is not closed': ('a.tex', '\\begin{document}\n\\section{A} Heat {flows \\textbf{a', [1], []),
     # no text at all
