@@ -483,9 +483,9 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
     folder, splits, chosen = check_free(folder), open_papers(papers), chosen_kinds(kinds, teacher)
     sieve, counts, usage, elsewhere = Sieve(Evaluation(read_evaluation(evaluation)) if evaluation else None), {}, Usage(), {}
     place = folder/'.scilm.answers' if in_place(folder) else folder.with_name(f'.{folder.name}.answers')
-    beside = lasting(place, folder.name)/'answers.jsonl'
+    beside = (lasting(place, folder.name) if teacher else place)/'answers.jsonl'
     say(f"instruct: conversations out of {sum(map(len, splits.values())):,} papers")
-    if not beside.exists() and (folder/'answers.jsonl').exists(): shutil.copy(folder/'answers.jsonl', beside)
+    if teacher and not beside.exists() and (folder/'answers.jsonl').exists(): shutil.copy(folder/'answers.jsonl', beside)
     with staged_folder(folder) as aside:
         (parts := aside/'.parts').mkdir()
         for name in reversed(SPLITS):
@@ -500,8 +500,8 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
             raise InputError('The training papers yield no conversation; give papers with titles and several sentences.')
         report = publish(aside, parts, sieve, counts, usage)
         shutil.rmtree(parts)
-        if beside.exists(): shutil.copy(beside, aside/'answers.jsonl')
-    drop(beside.parent)
+        if (answers := beside if teacher else folder/'answers.jsonl').exists(): shutil.copy(answers, aside/'answers.jsonl')
+    if place.is_dir(): drop(place)
     show_report(report)
     return report
 

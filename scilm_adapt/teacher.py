@@ -306,11 +306,10 @@ def write_shard(file: Path, records: np.ndarray) -> dict:
 
 
 def begin_cache(folder: Path, about: dict) -> None:
-    "Make sure that a folder is one for targets and nothing else: a new or empty one, or one that says so; InputError for any other."
-    if not (folder/'targets.json').exists():
-        check_free(folder)
-        write_json(folder/'targets.json', hashed(about))  # from now on the shards in it are ours
-    for aside in folder.glob('.shard-*'): aside.unlink()  # half written when a build was killed
+    "Say in a folder that the targets in it are to be ours; InputError for one that holds something else."
+    if (folder/'targets.json').exists(): return
+    check_free(folder)
+    write_json(folder/'targets.json', hashed(about))
 
 
 def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int = 16, how: str = 'sampled', seed: int = 0,
@@ -329,12 +328,15 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     about = dict(made=wanted, complete=False, shards={})
     if (folder/'targets.json').exists(): about = read_about(folder)
     refuse_stale(folder, about['made'], wanted)
-    begin_cache(folder, about)
+    if not (folder/'targets.json').exists(): check_free(folder)
+    else:
+        for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
     parts, numbers = shards_of(packed, shard), numbered(packed)
     for number, part in enumerate(progress(parts, 'asking the teacher', 'shard')):
         file = folder/f'shard-{number:05}.bin'
         if not damage(file, about['shards'].get(file.name)): continue
         records, seen = asked(teacher, part, numbers, k, how, seed, temperature, size)
+        begin_cache(folder, about)
         about['shards'][file.name] = write_shard(file, records) | dict(seen=seen)
         about['complete'] = len(about['shards']) == len(parts)
         write_json(folder/'targets.json', hashed(about))

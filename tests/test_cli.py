@@ -24,6 +24,11 @@ SCILM = 'import sys; from pathlib import Path; from scilm_adapt import cli; note
         'cli.shipped_notebook = lambda: notebook; sys.exit(cli.main(sys.argv[2:]))'
 
 
+def visible(folder: Path) -> list[str]:
+    "The names in a run folder that are for its owner."
+    return sorted(name for name in os.listdir(folder) if not name.startswith('.scilm.'))
+
+
 @pytest.fixture
 def notebook(tmp_path):
     "A function that writes a notebook of the given code cells below a parameters cell and a heading."
@@ -64,7 +69,7 @@ def test_success_goes_to_the_default_folder_with_everything_printed(notebook):
     assert done.returncode == 0, done.stderr
     assert 'steps are 5 outputs/brief\n' in done.stdout and 'outputs/brief/run.ipynb' in done.stdout
     assert done.stderr == 'a bar\n'                                   # and not a word of papermill's or the kernel's
-    assert os.listdir(small.parent/'outputs'/'brief') == ['run.ipynb']
+    assert visible(small.parent/'outputs'/'brief') == ['run.ipynb']
     assert 'rate = 0.001' in (small.parent/'outputs'/'brief'/'run.ipynb').read_text()
 
 
@@ -85,7 +90,7 @@ def test_cells_run_in_the_callers_folder_and_in_this_interpreter(notebook):
     (['-p', 'rate', 'inf'], "-p: the parameter 'rate' takes a number (float), not 'inf'."),
     (['-f', 'bad.yaml'], "bad.yaml: there is no parameter 'learning_rate'."),
     (['-f', 'nothing'], "there is no preset 'nothing'"),
-    (['-o', 'small.ipynb/below'], 'cannot make the folder small.ipynb/below'),
+    (['-o', 'small.ipynb/below'], 'small.ipynb is a file, and a folder is wanted'),
 ])
 def test_bad_input_is_refused_before_anything_is_made(notebook, monkeypatch, capsys, arguments, sentence):
     small = notebook(DONE)
@@ -145,7 +150,7 @@ def test_what_did_not_finish_is_not_published(notebook, tmp_path, monkeypatch, c
     assert cli.main(['run', '-o', str(folder)]) == 1
     error = capsys.readouterr().err
     assert sentence in error and str(folder/'run.failed.ipynb') in error and 'Traceback' not in error
-    assert os.listdir(folder) == ['run.failed.ipynb'] and 'failed' in statuses(folder/'run.failed.ipynb')
+    assert visible(folder) == ['run.failed.ipynb'] and 'failed' in statuses(folder/'run.failed.ipynb')
 
 
 def test_marks_of_a_killed_kernel_are_truthful(notebook, tmp_path):
@@ -171,10 +176,10 @@ def test_success_after_failure_and_failure_after_success(notebook, tmp_path):
     folder = tmp_path/'out'
     with pytest.raises(running.RunFailed): running.run_notebook(notebook('1/0', DONE), {}, folder)
     published = running.run_notebook(notebook(DONE), {}, folder)
-    assert os.listdir(folder) == ['run.ipynb']
+    assert visible(folder) == ['run.ipynb']
     before = published.read_bytes()
     with pytest.raises(running.RunFailed): running.run_notebook(notebook('1/0', DONE), {}, folder)
-    assert published.read_bytes() == before and sorted(os.listdir(folder)) == ['run.failed.ipynb', 'run.ipynb']
+    assert published.read_bytes() == before and visible(folder) == ['run.failed.ipynb', 'run.ipynb']
 
 
 def test_a_kernel_that_does_not_start(notebook, tmp_path, monkeypatch):
@@ -216,7 +221,7 @@ def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore
     patience = time.monotonic() + 5                                   # a killed process may take a moment to be torn down
     while any(map(alive, pids)) and time.monotonic() < patience: time.sleep(.05)
     assert not any(map(alive, pids))
-    assert os.listdir(small.parent/'out') == ['run.failed.ipynb']
+    assert visible(small.parent/'out') == ['run.failed.ipynb']
     assert statuses(small.parent/'out'/'run.failed.ipynb') == ['completed', 'completed', 'failed', 'pending']
 
 

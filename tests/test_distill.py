@@ -10,7 +10,7 @@ import pytest
 import torch
 from world import WORDS, changed, conversation, sentence
 
-from scilm_adapt import distill
+from scilm_adapt import distill, files
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.distill import (
     batch_maker,
@@ -502,7 +502,8 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_weights(student, teach
 
 
 def test_what_a_process_left_that_was_killed_at_a_look_is_swept_up(student, teacher, data, tmp_path):
-    left = tmp_path/'models'/'.distilled-good.4194305'  # no process has this number
+    left = tmp_path/'models'/'.distilled-good.4194305-0123abcd'  # no process has this number
     left.mkdir(parents=True)
+    (left/files.WORK).touch()  # killed before it could write its mark
     train(Run(tmp_path), student, teacher, **data, **SETTINGS)
     assert [path.name for path in left.parent.iterdir()] == ['distilled']

@@ -1,6 +1,7 @@
 """A teacher's conversations are taken only when they are good, counts add up, no paper is in two splits, and a killed run goes on."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,8 +433,9 @@ def test_no_paper_is_in_two_splits_and_what_is_measured_was_written_by_people(pu
     assert len(set(questions)) == len(questions)
 
 
-def test_another_trainer_can_use_it(published, random_teacher):
-    data = load_from_disk(str(published/'set'))['train'].select(range(8))
+def test_another_trainer_can_use_it(published, random_teacher, tmp_path):
+    shutil.copytree(published/'set', tmp_path/'set')  # whoever maps a data set leaves files in its folder
+    data = load_from_disk(str(tmp_path/'set'))['train'].select(range(8))
     for row in data: assert TURN_END in random_teacher.tokenizer.apply_chat_template(row['messages'], tokenize=False)
     trl = pytest.importorskip('trl')
     arguments = trl.SFTConfig(output_dir=str(published/'trl'), max_length=256, report_to=[], use_cpu=True, max_steps=1, save_strategy='no',

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from scilm_adapt import cli
 from scilm_adapt.duplicates import fingerprint
+from scilm_adapt.files import SEEN
 from scilm_adapt.papers import (
     OUTCOMES,
     SPLITS,
@@ -188,9 +190,11 @@ def test_every_row_is_accounted_for(dirty):
 
 
 def test_strict_stops_at_the_first_and_leaves_what_was_there(dirty):
-    os.makedirs('out'); open('out/mine', 'w').close()
+    build('out', ['dirty.jsonl'])
+    before = {path: path.read_bytes() for path in Path('out').rglob('*') if path.is_file()}
     with pytest.raises(InputError, match="dirty.jsonl:4: field 'abstract' is empty"): build('out', ['dirty.jsonl'], strict=True)
-    assert os.listdir('out') == ['mine'] and sorted(os.listdir('.')) == ['dirty.jsonl', 'exam.jsonl', 'out']
+    assert {path: path.read_bytes() for path in Path('out').rglob('*') if path.is_file() and path.name != SEEN} == before
+    assert sorted(os.listdir('.')) == ['dirty.jsonl', 'exam.jsonl', 'out']
 
 
 def test_a_corpus_of_nothing_is_refused_with_the_counts(dirty):

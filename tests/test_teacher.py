@@ -359,7 +359,7 @@ def test_a_killed_build_goes_on_where_it_stopped(teacher, tmp_path):
     with pytest.raises(InputError, match='not finished'): open_cache(folder, PACKED)
     kept, torn = sorted(made['shards'])[:2]
     (folder/torn).write_bytes((folder/torn).read_bytes()[:7])                          # as a crash of the machine may leave it
-    for aside in ('.shard-00004.bin', '.targets.json.123'): (folder/aside).write_bytes(b'half')
+    for aside in ('.shard-00004.bin', '.targets.json.123-0123abcd'): (folder/aside).write_bytes(b'half')
     before = (folder/kept).stat().st_mtime_ns
     resumed, whole = build_cache(folder, teacher, PACKED, k=4, shard=6), build_cache(tmp_path/'whole', teacher, PACKED, k=4, shard=6)
     assert (folder/kept).stat().st_mtime_ns == before
