@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'next_probabilities', 'plain', 'check_dials', 'check_room', 'check_search', 'check_mask', 'pick',
-           'set_out', 'sample', 'read_on', 'read_anew', 'Reader', 'reads_on', 'write', 'repetition', 'diversity',
-           'read_beside', 'keep_beside', 'read_apart', 'keep_apart', 'read_candidates_anew', 'fits_beside',
+           'set_out', 'sample', 'read_on', 'read_anew', 'Reader', 'keeping_error', 'reads_on', 'write', 'repetition',
+           'diversity', 'read_beside', 'keep_beside', 'read_apart', 'keep_apart', 'read_candidates_anew', 'fits_beside',
            'contrastive_search', 'search', 'check_custom', 'custom_contrastive_search']
 
 # %% ../nbs/16_decoding.ipynb #7272460e
@@ -128,7 +128,8 @@ def sample(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torc
 def read_on(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor:
     "States [B, n, D], as the output head reads them, of tokens [B, n] at these places after what is in `cache`, which then holds them too."
     takes = inspect.signature(model.base_model.forward).parameters
-    name = 'past_key_values' if 'past_key_values' in takes or 'cache_params' not in takes else 'cache_params'
+    if 'past_key_values' in takes: name = 'past_key_values'
+    else: name, mask = 'cache_params', None if mask is None else mask[:, -ids.shape[1]:]  # with a state alone, only the new ones are masked
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{name: cache})
     if (states := getattr(out, 'last_hidden_state', None)) is not None: return before_head(model, states)
     raise InputError(f"model: '{model.config.name_or_path or type(model).__name__}' gives no hidden states, which generation reads and "
@@ -147,7 +148,8 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, mask: torch.Tensor, keeps: bool | None = None):
         self.model, self.mask, self.alike, self.ids = model, mask, bool(mask.all()), mask.new_zeros(len(mask), 0)
-        self.cache = DynamicCache(config=model.config) if (reads_on(model) if keeps is None else keeps) else None
+        keeps = reads_on(model)[self.alike] if keeps is None else keeps
+        self.cache = DynamicCache(config=model.config) if keeps else None
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         "States [B, n, D] of the rows' next tokens [B, n], at first those that `mask` is of."
@@ -163,24 +165,29 @@ class Reader:
         if self.cache is not None: self.cache.reorder_cache(rows)
 
 
-def reads_on(model: PreTrainedModel) -> bool:
-    "Whether rows filled up on the left can be read on and on with what the model keeps of them; tried once, on three short texts."
+def keeping_error(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> float:
+    "How far the states of rows [B, 8] that are read on, with what the model keeps of them, are from those read anew; infinite if it cannot."
+    rows, expected = torch.tensor([2, 0, 1, 1], device=ids.device), read_anew(model, ids, mask)
+    try:
+        reader = Reader(model, mask[:, :6], keeps=True)
+        found = [reader.read(ids[:, :6])[:, -1]]
+        reader.keep(rows)
+        found += [reader.read(ids[rows, at:at + 1])[:, 0] for at in (6, 7)]
+    except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError, RuntimeError): return math.inf
+    return max(map(distance, found, (expected[:, 5], expected[rows, 6], expected[rows, 7])))
+
+
+def reads_on(model: PreTrainedModel) -> dict[bool, bool]:
+    "Whether rows can be read on with what the model keeps of them: of one length (True), and filled up on the left (False). Tried once."
     asked = habits(model)
     if (known := vars(model).get('_reads_on')) and known[0] is asked: return known[1]
     ids = short_documents(model)[:3]
-    mask, rows = torch.ones_like(ids), torch.tensor([2, 0, 1, 1], device=ids.device)
-    mask[1, :3] = mask[2, :5] = 0
+    alike, filling = torch.ones_like(ids), torch.ones_like(ids)
+    filling[1, :3] = filling[2, :5] = 0
     with at_rest(model):
-        expected = read_anew(model, ids, mask)
-        try:
-            reader = Reader(model, mask[:, :6], keeps=True)
-            found = [reader.read(ids[:, :6])[:, -1]]
-            reader.keep(rows)
-            found += [reader.read(ids[rows, at:at + 1])[:, 0] for at in (6, 7)]
-            error = max(map(distance, found, (expected[:, 5], expected[rows, 6], expected[rows, 7])))
-        except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError, RuntimeError): error = math.inf  # it cannot
-    vars(model)['_reads_on'] = asked, not error > rounding_error(model)
-    return vars(model)['_reads_on'][1]
+        found = {name: not keeping_error(model, ids, mask) > rounding_error(model) for name, mask in ((True, alike), (False, filling))}
+    vars(model)['_reads_on'] = asked, found
+    return found
 
 # %% ../nbs/16_decoding.ipynb #b2f058fc
 def write(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, at: int, uniforms: torch.Tensor, ends: torch.Tensor,

@@ -265,8 +265,14 @@ class Head:
 
 
 def head_of(model: torch.nn.Module) -> Head:
-    "A causal language model's output head with its own scaling and soft-capping, as `models.logits_of` applies them."
+    """A causal language model's output head with its own scaling and soft-capping, as `models.logits_of` applies them.
+
+    InputError for a head that is no matrix, as slopes of it are not known here.
+    """
     layer, known = model.get_output_embeddings(), habits(model)
+    if not known.linear:
+        raise InputError(f"The output head of '{model.config.name_or_path or type(model).__name__}' is a {type(layer).__name__} and no matrix, "
+                         f"so it cannot be distilled; choose a model of another family.")
     return Head(layer.weight, getattr(layer, 'bias', None), known.scale, known.cap)
 
 # %% ../nbs/25_divergence.ipynb #708d9abb

@@ -114,6 +114,7 @@ class Habits:
     stretch: float = 1.0    # what its states are multiplied by before the matrix
     scale: float = 1.0      # what the matrix's logits are multiplied by
     cap: float | None = None  # and what then caps them softly
+    linear: bool = True     # whether the matrix is one, perhaps with a bias
 
     def bent(self, logits: torch.Tensor) -> torch.Tensor:
         "The model's logits, made of what its output matrix gives."
@@ -169,8 +170,8 @@ def packing(model: PreTrainedModel, ids: torch.Tensor, alone: torch.Tensor) -> t
     try: second = raw_states(model, input_ids=rows, position_ids=places)[:, length:]
     except (TypeError, ValueError, IndexError, RuntimeError): return False, math.inf  # it cannot even read them
     leak, allowed = distance(second, alone[[1, 1, 0]]), rounding_error(model)
-    other = distance(second[0], second[1])  # the first document alone differs here, and all is computed alike
-    return not (leak > allowed or other > allowed/8), leak
+    other = distance(second[0], second[1])  # only the first document differs here, so what is computed for the second is the same
+    return leak <= allowed and other <= allowed/2**8, leak
 
 # %% ../nbs/12_models.ipynb #46550a1e
 def ruler(logits: torch.Tensor) -> torch.Tensor:
@@ -216,7 +217,7 @@ def head_habits(model: PreTrainedModel, ids: torch.Tensor, states: torch.Tensor)
     way = {} if read is None else way_to_matrix(model, states, read, between)
     inputs = states if read is None else read
     given = F.linear(inputs, matrix.weight, getattr(matrix, 'bias', None))
-    if distance(matrix(inputs), given) > rounding_error(model): way = None
+    linear = not distance(matrix(inputs), given) > rounding_error(model)
     if read is not None: given = ruler(given)
     (scale, highest), bend = ((logits.flatten(0, -2)[row].median().item() for row in (0, 1)), {})
     if read is not None and given.shape == logits.shape:
@@ -225,10 +226,10 @@ def head_habits(model: PreTrainedModel, ids: torch.Tensor, states: torch.Tensor)
     wrong = distance(logits.flatten(0, -2)[2:], Habits(True, 0.0, **bend).bent(given).flatten(0, -2)[2:])
     exact = torch.finfo(logits.dtype).eps
     if way is None or wrong > min(128*exact, exact**0.5):
-        found = 'the matrix reads something else than the last states, or is none' if way is None else f'they differ by {wrong:.0%}'
+        found = 'the matrix reads something else than the last states' if way is None else f'they differ by {wrong:.0%}'
         raise InputError(f"'{name}' makes its logits of more than an output matrix, a scale and a soft cap ({found}), so losses would be "
                          f"those of another model; choose a model of another family.")
-    return way | bend
+    return way | bend | dict(linear=linear)
 
 
 def habits(model: PreTrainedModel) -> Habits:
