@@ -69,7 +69,7 @@ WIDTH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 PLAIN = WIDTH | dict(num_key_value_heads=2, max_position_embeddings=96)
 HEADS = PLAIN | dict(head_dim=8)
 GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)
-SCAN = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
+SCAN = dict(mamba_chunk_size=16, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
 MIXED = ['linear_attention', 'full_attention']
 FAMILIES = {  # name: (model type, its configuration); those of `PACKING` keep packed documents apart, the others do not
     'llama': ('llama', PLAIN), 'qwen2': ('qwen2', PLAIN), 'qwen3': ('qwen3', HEADS), 'gpt_neox': ('gpt_neox', PLAIN), 'gpt2': ('gpt2', GPT),
@@ -100,18 +100,19 @@ FAMILIES = {  # name: (model type, its configuration); those of `PACKING` keep p
     'qwen3_next': ('qwen3_next', HEADS | dict(layer_types=MIXED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                                               shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2,
                                               linear_key_head_dim=8, linear_value_head_dim=8)),
-    'xlstm': ('xlstm', dict(hidden_size=32, num_blocks=2, num_heads=2, output_logit_soft_cap=3.0)),
+    'xlstm': ('xlstm', dict(hidden_size=32, num_blocks=2, num_heads=2, chunk_size=16, output_logit_soft_cap=3.0)),
     'bert': ('bert', WIDTH | dict(max_position_embeddings=96, is_decoder=True))}
 PACKING = [*FAMILIES][:[*FAMILIES].index('opt')]
 LEAKING = [*FAMILIES][[*FAMILIES].index('opt'):]
 
 
 def of_family(name: str, tokenizer: object, larger: float = 4.0, **changes) -> LanguageModel:
-    "An untrained model of one of `FAMILIES` in 64 bits, its matrices larger than usual so that it does not repeat a single token."
+    "An untrained model of one of `FAMILIES`, in 64 bits where it can be, its matrices larger than usual so that it does not repeat a single token."
     kind, sizes = FAMILIES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0) | sizes | changes)
-    model = AutoModelForCausalLM.from_config(config).eval().double()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if not {'num_experts', 'num_local_experts'} & sizes.keys(): model.double()  # the library adds experts up in 32 bits at most
     for parameter in model.parameters():
         if parameter.ndim > 1: parameter.data *= larger
     return LanguageModel(model, tokenizer, name)
