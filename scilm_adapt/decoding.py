@@ -99,7 +99,8 @@ def set_out(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: tor
             eos_token_id: int | list[int] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Ids and mask [B, L + new] with room to write, and the ids that end a row, on the model's device; InputError if there is no room."
     check_mask(attention_mask)
-    if context := context_of(model.config): check_room(int(attention_mask.sum(1).max()), max_new_tokens, context, model.config.name_or_path or 'the model')
+    context = context_of(model.config)
+    if context: check_room(int(attention_mask.sum(1).max()), max_new_tokens, context, model.config.name_or_path or 'the model')
     device, (rows, length) = next(model.parameters()).device, input_ids.shape
     ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or [], dtype=torch.long, device=device)
     ids = torch.full((rows, length + max_new_tokens), int(ends[0]) if len(ends) else 0, device=device)
@@ -129,7 +130,7 @@ def read_on(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch
     "States [B, n, D], as the output head reads them, of tokens [B, n] at these places after what is in `cache`, which then holds them too."
     takes = inspect.signature(model.base_model.forward).parameters
     if 'past_key_values' in takes: name = 'past_key_values'
-    else: name, mask = 'cache_params', None if mask is None else mask[:, -ids.shape[1]:]  # with a state alone, only the new ones are masked
+    else: name, mask = 'cache_params', mask if mask is None else mask[:, -ids.shape[1]:]  # only new ones are masked there
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{name: cache})
     if (states := getattr(out, 'last_hidden_state', None)) is not None: return before_head(model, states)
     raise InputError(f"model: '{model.config.name_or_path or type(model).__name__}' gives no hidden states, which generation reads and "
@@ -166,7 +167,7 @@ class Reader:
 
 
 def keeping_error(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    "How far the states of rows [B, 8] that are read on, with what the model keeps of them, are from those read anew; infinite if it cannot."
+    "How far states of rows [B, 8] that are read on, with what the model keeps of them, are from those read anew; infinite if it cannot."
     rows, expected = torch.tensor([2, 0, 1, 1], device=ids.device), read_anew(model, ids, mask)
     try:
         reader = Reader(model, mask[:, :6], keeps=True)

@@ -271,8 +271,8 @@ def head_of(model: torch.nn.Module) -> Head:
     """
     layer, known = model.get_output_embeddings(), habits(model)
     if not known.linear:
-        raise InputError(f"The output head of '{model.config.name_or_path or type(model).__name__}' is a {type(layer).__name__} and no matrix, "
-                         f"so it cannot be distilled; choose a model of another family.")
+        raise InputError(f"The output head of '{model.config.name_or_path or type(model).__name__}' is a {type(layer).__name__} and no "
+                         f"matrix, so it cannot be distilled; choose a model of another family.")
     return Head(layer.weight, getattr(layer, 'bias', None), known.scale, known.cap)
 
 # %% ../nbs/25_divergence.ipynb #708d9abb

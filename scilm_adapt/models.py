@@ -243,8 +243,8 @@ def habits(model: PreTrainedModel) -> Habits:
     with at_rest(model):
         states = raw_states(model, input_ids=ids, attention_mask=torch.ones_like(ids))
         if distance(states[3, :-1], states[1, :-1]) > rounding_error(model)/8:
-            raise InputError(f"'{model.config.name_or_path or type(model).__name__}' reads the words that follow as well, so it is no causal "
-                             f"language model; choose another (or set is_decoder in its configuration).")
+            raise InputError(f"'{model.config.name_or_path or type(model).__name__}' reads the words that follow as well, so it is no "
+                             f"causal language model; choose another (or set is_decoder in its configuration).")
         packs, leak = packing(model, ids, states)
         found = Habits(packs, leak, **head_habits(model, ids, states))
     vars(model)['_habits'] = asked, found

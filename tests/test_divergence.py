@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from world import BABBLE, of_family
 
 from scilm_adapt.divergence import (
     Head,
@@ -28,10 +29,9 @@ from scilm_adapt.divergence import (
     slope_of,
     sparse_loss,
 )
-from scilm_adapt.models import hidden_states, logits_of, tiny
+from scilm_adapt.models import hidden_states, logits_of
 from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import train_tokenizer
-from world import BABBLE, of_family
 
 INF = math.inf
 ALIKE = [('forward_kl', {}), ('reverse_kl', {}), *(('jsd', dict(beta=b)) for b in (0.0, 0.1, 0.5, 0.9, 1.0))]  # near agreement

@@ -6,7 +6,7 @@ from functools import lru_cache
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 from world import BABBLE, FAMILIES, LEAKING, PACKING, PLAIN, conversation, of_family
 
 from scilm_adapt import contrast, distill
@@ -106,7 +106,8 @@ def mean_loss(model, pieces: list[list[int]]) -> torch.Tensor:
 def test_the_loss_of_a_batch_is_that_of_its_documents(name):
     "Windows of long documents, several in a row, and rows that are not full; in training and in evaluation."
     lm, packed = model_of(name), pack(DOCUMENTS, 20)
-    with torch.no_grad(): ours, own = lm_loss(lm.model, packed.batch(range(len(packed)))).item(), mean_loss(lm.model, pieces_of(packed)).item()
+    with torch.no_grad():
+        ours, own = lm_loss(lm.model, packed.batch(range(len(packed)))).item(), mean_loss(lm.model, pieces_of(packed)).item()
     assert abs(ours/own - 1) < 1e-5  # the loss itself is in 32 bits
     assert abs(document_nats(lm, DOCUMENTS, context=20).sum()/sum(len(ids) - 1 for ids in pieces_of(packed))/own - 1) < 1e-5
 
@@ -253,7 +254,8 @@ def test_both_stages_train_a_leaking_model_on_one_document_a_row(tmp_path, name,
         first = contrast.train(Run(tmp_path/'run'), lm, corpus, steps=2, batch_size=2, context=40, learning_rate=1e-3, contrast_weight=0.0)
         texts = {tuple(encode_document(TOKENIZER, document(paper))) for paper in PAPERS}
         assert rows and all(any(row == list(text)[at:at + len(row)] for text in texts for at in range(len(text))) for row in rows)
-        second = distill.train(Run(tmp_path/'run'), first, lm, chats, corpus, steps=2, batch_size=2, context=64, learning_rate=1e-3, watch=0)
+        settings = dict(steps=2, batch_size=2, context=64, learning_rate=1e-3, watch=0)
+        second = distill.train(Run(tmp_path/'run'), first, lm, chats, corpus, **settings)
     assert 'ignores restarted positions: one document a row' in capsys.readouterr().out
     documents = [encode_document(TOKENIZER, document(paper)) for paper in PAPERS]
     for trained in (first, second):

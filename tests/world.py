@@ -76,7 +76,8 @@ FAMILIES = {  # name: (model type, its configuration); those of `PACKING` keep p
     'gemma': ('gemma', HEADS), 'gemma2': ('gemma2', HEADS | dict(query_pre_attn_scalar=8, final_logit_softcapping=2.0)),
     'gemma3': ('gemma3_text', HEADS | dict(query_pre_attn_scalar=8)), 'phi': ('phi', PLAIN), 'phi3': ('phi3', PLAIN),
     'olmo': ('olmo', PLAIN), 'olmo2': ('olmo2', PLAIN), 'smollm3': ('smollm3', PLAIN), 'stablelm': ('stablelm', PLAIN),
-    'granite': ('granite', PLAIN | dict(logits_scaling=6.0, embedding_multiplier=12.0)), 'cohere': ('cohere', PLAIN | dict(logit_scale=0.3)),
+    'granite': ('granite', PLAIN | dict(logits_scaling=6.0, embedding_multiplier=12.0)),
+    'cohere': ('cohere', PLAIN | dict(logit_scale=0.3)),
     'mistral': ('mistral', PLAIN | dict(sliding_window=6)), 'mixtral': ('mixtral', PLAIN | dict(num_local_experts=4)),
     'starcoder2': ('starcoder2', PLAIN), 'gptj': ('gptj', GPT | dict(rotary_dim=8)), 'nemotron': ('nemotron', PLAIN),
     'gpt_neo': ('gpt_neo', dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[['global', 'local'], 1]], window_size=6,
@@ -107,7 +108,7 @@ LEAKING = [*FAMILIES][[*FAMILIES].index('opt'):]
 
 
 def of_family(name: str, tokenizer: object, larger: float = 4.0, **changes) -> LanguageModel:
-    "An untrained model of one of `FAMILIES`, in 64 bits where it can be, its matrices larger than usual so that it does not repeat a single token."
+    "An untrained model of one of `FAMILIES`, in 64 bits where it can be; larger matrices than usual keep it from repeating a token."
     kind, sizes = FAMILIES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0) | sizes | changes)
