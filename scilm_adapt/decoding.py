@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'next_probabilities', 'plain', 'check_dials', 'check_room', 'check_search', 'check_mask', 'pick',
-           'set_out', 'sample', 'write', 'repetition', 'diversity', 'read_beside', 'keep_beside', 'read_apart',
-           'keep_apart', 'fits_beside', 'contrastive_search', 'prefix_states', 'search', 'check_custom',
-           'custom_contrastive_search']
+           'set_out', 'sample', 'read_on', 'read_anew', 'Reader', 'keeping_error', 'reads_on', 'write', 'repetition',
+           'diversity', 'read_beside', 'keep_beside', 'read_apart', 'keep_apart', 'read_candidates_anew', 'fits_beside',
+           'contrastive_search', 'search', 'check_custom', 'custom_contrastive_search']
 
 # %% ../nbs/18_decoding.ipynb #7272460e
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .models import logits_of
+from .models import (at_rest, before_head, context_of, distance, habits, hidden_states, logits_of, rounding_error,
+                                short_documents)
 from .runs import InputError
 
 # %% ../nbs/18_decoding.ipynb #b536340f
@@ -97,7 +99,7 @@ def set_out(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: tor
             eos_token_id: int | list[int] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Ids and mask [B, L + new] with room to write, and the ids that end a row, on the model's device; InputError if there is no room."
     check_mask(attention_mask)
-    context = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
+    context = context_of(model.config)
     if context: check_room(int(attention_mask.sum(1).max()), max_new_tokens, context, model.config.name_or_path or 'the model')
     device, (rows, length) = next(model.parameters()).device, input_ids.shape
     ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or [], dtype=torch.long, device=device)
@@ -123,16 +125,78 @@ def sample(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torc
     with plain(model), torch.inference_mode():
         return ids[:, :write(model, ids, mask, input_ids.shape[1], uniforms.to(ids.device), ends, (temperature, top_p, min_p))]
 
+# %% ../nbs/18_decoding.ipynb #48230adc
+def read_on(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor:
+    "States [B, n, D], as the output head reads them, of tokens [B, n] at these places after what is in `cache`, which then holds them too."
+    takes = inspect.signature(model.base_model.forward).parameters
+    if 'past_key_values' in takes: name = 'past_key_values'
+    else: name, mask = 'cache_params', mask if mask is None else mask[:, -ids.shape[1]:]  # only new ones are masked there
+    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{name: cache})
+    if (states := getattr(out, 'last_hidden_state', None)) is not None: return before_head(model, states)
+    raise InputError(f"model: '{model.config.name_or_path or type(model).__name__}' gives no hidden states, which generation reads and "
+                     f"contrastive search compares; take a model whose base_model returns last_hidden_state.")
+
+
+def read_anew(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "What `read_on` gives of whole rows [B, L] filled up on the left, without a cache and filled up on the right: right in every family."
+    order = (mask == 0).long().argsort(dim=1, stable=True)  # of a row's columns, what is hidden coming last
+    states = hidden_states(model, dict(input_ids=ids.gather(1, order), attention_mask=mask.gather(1, order)))
+    return torch.empty_like(states).scatter(1, order[..., None].expand_as(states), states)
+
+
+class Reader:
+    "Rows [B, n] with a `mask`, filled up on the left, that a model reads on and on: `read` gives the states of new tokens."
+
+    def __init__(self, model: PreTrainedModel, mask: torch.Tensor, keeps: bool | None = None):
+        self.model, self.mask, self.alike, self.ids = model, mask, bool(mask.all()), mask.new_zeros(len(mask), 0)
+        keeps = reads_on(model)[self.alike] if keeps is None else keeps
+        self.cache = DynamicCache(config=model.config) if keeps else None
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        "States [B, n, D] of the rows' next tokens [B, n], at first those that `mask` is of."
+        if self.ids.shape[1]: self.mask = filled(self.mask, (0, ids.shape[1]), value=1)
+        self.ids = torch.cat([self.ids, ids], 1)
+        if self.cache is None: return read_anew(self.model, self.ids, self.mask)[:, -ids.shape[1]:]
+        places = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        return read_on(self.model, self.cache, ids, None if self.alike else self.mask, places)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        "Go on with these rows, by their numbers."
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        if self.cache is not None: self.cache.reorder_cache(rows)
+
+
+def keeping_error(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> float:
+    "How far states of rows [B, 8] that are read on, with what the model keeps of them, are from those read anew; infinite if it cannot."
+    rows, expected = torch.tensor([2, 0, 1, 1], device=ids.device), read_anew(model, ids, mask)
+    try:
+        reader = Reader(model, mask[:, :6], keeps=True)
+        found = [reader.read(ids[:, :6])[:, -1]]
+        reader.keep(rows)
+        found += [reader.read(ids[rows, at:at + 1])[:, 0] for at in (6, 7)]
+    except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError, RuntimeError): return math.inf
+    return max(map(distance, found, (expected[:, 5], expected[rows, 6], expected[rows, 7])))
+
+
+def reads_on(model: PreTrainedModel) -> dict[bool, bool]:
+    "Whether rows can be read on with what the model keeps of them: of one length (True), and filled up on the left (False). Tried once."
+    asked = habits(model)
+    if (known := vars(model).get('_reads_on')) and known[0] is asked: return known[1]
+    ids = short_documents(model)[:3]
+    alike, filling = torch.ones_like(ids), torch.ones_like(ids)
+    filling[1, :3] = filling[2, :5] = 0
+    with at_rest(model):
+        found = {name: not keeping_error(model, ids, mask) > rounding_error(model) for name, mask in ((True, alike), (False, filling))}
+    vars(model)['_reads_on'] = asked, found
+    return found
+
 # %% ../nbs/18_decoding.ipynb #b2f058fc
 def write(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, at: int, uniforms: torch.Tensor, ends: torch.Tensor,
           dials: tuple[float, float, float]) -> int:
     "Continue `ids` [B, L + new] in place from column `at`; the column after the last token written. See `sample`."
-    live, cache, alike = torch.arange(len(ids), device=ids.device), DynamicCache(config=model.config), bool(mask.all())
-    start, places = 0, (mask.cumsum(1) - 1).clamp(min=0)
+    live, reader, start = torch.arange(len(ids), device=ids.device), Reader(model, mask[:, :at]), 0
     for step in range(uniforms.shape[1]):
-        out = model.base_model(input_ids=ids[live, start:at], attention_mask=None if alike else mask[live, :at],
-                               position_ids=places[live, start:at], past_key_values=cache, use_cache=True)
-        logits = logits_of(model, out.last_hidden_state[:, -1]).float()
+        logits = logits_of(model, reader.read(ids[live, start:at])[:, -1]).float()
         if not logits.amax(-1).isfinite().all():
             raise FloatingPointError('The model answers with NaN or infinity, so nothing can be drawn from it; check its weights.')
         ids[live, at] = new = pick(logits, uniforms[live, step], *dials)
@@ -141,7 +205,7 @@ def write(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, at: int
         if not going.any(): break
         if not going.all():
             live = live[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
+            reader.keep(going.nonzero()[:, 0])
     return at
 
 # %% ../nbs/18_decoding.ipynb #496643f9
@@ -162,8 +226,7 @@ def read_beside(model: PreTrainedModel, cache: Cache, candidates: torch.Tensor, 
     itself = mask.new_full((k, k), lowest, dtype=model.dtype).fill_diagonal_(0)
     prefix = torch.zeros_like(mask, dtype=model.dtype).masked_fill(mask == 0, lowest)
     seen = torch.cat([prefix[:, None].expand(rows, k, -1), itself.expand(rows, k, k)], -1)
-    return model.base_model(input_ids=candidates, attention_mask=seen[:, None], position_ids=places[:, None].expand(rows, k),
-                            past_key_values=cache, use_cache=True).last_hidden_state
+    return read_on(model, cache, candidates, seen[:, None], places[:, None].expand(rows, k))
 
 
 def keep_beside(cache: Cache, chosen: torch.Tensor, k: int) -> None:
@@ -178,14 +241,20 @@ def read_apart(model: PreTrainedModel, cache: Cache, candidates: torch.Tensor, p
     "What `read_beside` gives, with k copies of each row in `cache`, which any model can read."
     rows, k = candidates.shape
     cache.reorder_cache(torch.arange(rows, device=mask.device).repeat_interleave(k))
-    return model.base_model(input_ids=candidates.reshape(-1, 1), attention_mask=filled(mask, (0, 1), value=1).repeat_interleave(k, 0),
-                            position_ids=places.repeat_interleave(k)[:, None], past_key_values=cache,
-                            use_cache=True).last_hidden_state.view(rows, k, -1)
+    seen = filled(mask, (0, 1), value=1).repeat_interleave(k, 0)
+    return read_on(model, cache, candidates.reshape(-1, 1), seen, places.repeat_interleave(k)[:, None]).view(rows, k, -1)
 
 
 def keep_apart(cache: Cache, chosen: torch.Tensor, k: int) -> None:
     "Leave of the `k` copies of each row in `cache` the one that read candidate number `chosen` [B]."
     cache.reorder_cache(torch.arange(len(chosen), device=chosen.device)*k + chosen)
+
+
+def read_candidates_anew(model: PreTrainedModel, ids: torch.Tensor, candidates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "What `read_beside` gives, of prefixes [B, n] that are read anew with each of their candidates, for a model that keeps nothing."
+    rows, k = candidates.shape
+    whole = torch.cat([ids.repeat_interleave(k, 0), candidates.reshape(-1, 1)], 1)
+    return read_anew(model, whole, filled(mask, (0, 1), value=1).repeat_interleave(k, 0))[:, -1].view(rows, k, -1)
 
 
 def fits_beside(model: PreTrainedModel, cache: Cache, longest: int) -> bool:
@@ -210,27 +279,18 @@ def contrastive_search(model: PreTrainedModel, input_ids: torch.Tensor, attentio
         return ids[:, :search(model, ids, mask, input_ids.shape[1], ends, k, alpha)]
 
 
-def prefix_states(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Cache) -> torch.Tensor:
-    "Last-layer states [B, n, D] of the prompts [B, n], whose keys and values go into `cache`; InputError if the model gives none."
-    out = model.base_model(input_ids=ids, attention_mask=None if mask.all() else mask, position_ids=places, past_key_values=cache,
-                           use_cache=True)
-    states = getattr(out, 'last_hidden_state', None)
-    if states is None:
-        raise InputError(f"model: '{model.config.name_or_path or type(model).__name__}' gives no hidden states, which contrastive search "
-                         f"compares; take sample instead, or a model whose base_model returns last_hidden_state.")
-    return states
-
-
 def search(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, at: int, ends: torch.Tensor, k: int, alpha: float) -> int:
     "Continue `ids` [B, L + new] in place from column `at`; the column after the last token written. See `contrastive_search`."
-    live, cache, places = torch.arange(len(ids), device=ids.device), DynamicCache(config=model.config), (mask.cumsum(1) - 1).clamp(min=0)
-    read, keep = (read_beside, keep_beside) if fits_beside(model, cache, ids.shape[1] + k) else (read_apart, keep_apart)
-    states = prefix_states(model, ids[:, :at], mask[:, :at], places[:, :at], cache)
+    live, places, reader = torch.arange(len(ids), device=ids.device), (mask.cumsum(1) - 1).clamp(min=0), Reader(model, mask[:, :at])
+    cache, keeps = reader.cache, reader.cache is not None
+    read, keep = (read_beside, keep_beside) if keeps and fits_beside(model, cache, ids.shape[1] + k) else (read_apart, keep_apart)
+    states = reader.read(ids[:, :at])
     last, past = states[:, -1], torch.zeros(*ids.shape, states.shape[-1], device=ids.device)  # of the tokens so far, at length 1
     past[:, :at] = normalize(states.float(), dim=-1)
     while at < ids.shape[1]:
         likely, candidates = logits_of(model, last).float().softmax(-1).topk(k)
-        states = read(model, cache, candidates, places[live, at], mask[live, :at])
+        if keeps: states = read(model, cache, candidates, places[live, at], mask[live, :at])
+        else: states = read_candidates_anew(model, ids[live, :at], candidates, mask[live, :at])
         unit = normalize(states.float(), dim=-1)
         likeness = (unit @ past[:, :at].mT).masked_fill(mask[live, None, :at] == 0, -torch.inf).amax(-1)
         scores = (1 - alpha)*likely - alpha*likeness
@@ -238,12 +298,12 @@ def search(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, at: in
             raise FloatingPointError('The model answers with NaN or infinity, so no token can be chosen; check its weights.')
         best, row = scores.argmax(-1), torch.arange(len(live), device=ids.device)
         ids[live, at], last, past[:, at] = candidates[row, best], states[row, best], unit[row, best]
-        keep(cache, best, k)
+        if keeps: keep(cache, best, k)
         going, at = ~torch.isin(ids[live, at], ends), at + 1
         if not going.any(): break
         if not going.all():
             live, last, past = live[going], last[going], past[going]
-            cache.reorder_cache(going.nonzero()[:, 0])
+            if keeps: cache.reorder_cache(going.nonzero()[:, 0])
     return at
 
 # %% ../nbs/18_decoding.ipynb #7d64bd2d

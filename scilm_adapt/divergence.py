@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .models import habits
 from .runs import InputError
 
 # %% ../nbs/27_divergence.ipynb #d9ee33c0
@@ -264,10 +265,15 @@ class Head:
 
 
 def head_of(model: torch.nn.Module) -> Head:
-    "A causal language model's output head with its own scaling and soft-capping, as `models.logits_of` applies them."
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = (getattr(config, 'logit_scale', None) or 1.0)/(getattr(config, 'logits_scaling', None) or 1.0)
-    return Head(layer.weight, getattr(layer, 'bias', None), scale, getattr(config, 'final_logit_softcapping', None) or None)
+    """A causal language model's output head with its own scaling and soft-capping, as `models.logits_of` applies them.
+
+    InputError for a head that is no matrix, as slopes of it are not known here.
+    """
+    layer, known = model.get_output_embeddings(), habits(model)
+    if not known.linear:
+        raise InputError(f"The output head of '{model.config.name_or_path or type(model).__name__}' is a {type(layer).__name__} and no "
+                         f"matrix, so it cannot be distilled; choose a model of another family.")
+    return Head(layer.weight, getattr(layer, 'bias', None), known.scale, known.cap)
 
 # %% ../nbs/27_divergence.ipynb #708d9abb
 # The student's side is the same whether the targets come from hidden states or from a cache.

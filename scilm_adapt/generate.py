@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .decoding import (DECODERS, check_dials, check_mask, check_room, contrastive_search, next_probabilities,  # noqa: F401
-                                  pick, plain, sample, write)
+from .decoding import (DECODERS, Reader, check_dials, check_mask, check_room, contrastive_search,   # noqa: F401
+                                  next_probabilities, pick, plain, sample, write)
 from .models import LanguageModel, logits_of
 from .runs import InputError, progress, rng
 from .tokens import control_tokens, document_ends, encode_chat, end_of_turn, pad, render
@@ -132,11 +132,11 @@ def next_tokens(lm: LanguageModel, prompt_ids: list[int], temperature: float, to
     "Endlessly, the model's next token ids after a prompt, one at a time, with a key-value cache and a generator of its own."
     device = next(lm.model.parameters()).device
     generator = torch.Generator(device).manual_seed(int(rng('stream', seed).integers(2**62)))
-    ids, cache = torch.tensor([prompt_ids], device=device), None
+    ids = torch.tensor([prompt_ids], device=device)
+    reader = Reader(lm.model, torch.ones_like(ids))
     while True:
-        out = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-        probabilities = next_probabilities(logits_of(lm.model, out.last_hidden_state[0, -1]).float(), temperature, top_p)
-        ids, cache = torch.multinomial(probabilities, 1, generator=generator)[None], out.past_key_values
+        probabilities = next_probabilities(logits_of(lm.model, reader.read(ids)[0, -1]).float(), temperature, top_p)
+        ids = torch.multinomial(probabilities, 1, generator=generator)[None]
         yield int(ids)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'OR_FIX', 'WARM_UP', 'compared', 'complaint', 'head_size', 'ends', 'turn_end', 'reading', 'memory',
-           'template_problem', 'padding_problem', 'shares', 'token_lines', 'context_line', 'preflight_lines',
-           'rendered', 'show_table', 'named_end', 'repair', 'ends_turns', 'turns_line', 'preflight', 'answer_nats',
-           'teacher_advantage']
+           'template_problem', 'padding_problem', 'shares', 'token_lines', 'context_line', 'family_lines',
+           'preflight_lines', 'rendered', 'show_table', 'named_end', 'repair', 'ends_turns', 'turns_line', 'preflight',
+           'answer_nats', 'teacher_advantage']
 
 # %% ../nbs/31_preflight.ipynb #cda18727
 import math
@@ -15,9 +15,11 @@ from collections.abc import Callable
 import numpy as np
 
 from .alignment import PLAIN, answer_places, check_lossless, common_tokens
+from .decoding import reads_on
+from .divergence import Head, head_of
 from .generate import chat_prompt, respond
 from .intervals import difference_interval
-from .models import LanguageModel, adopt_chat, check_memory, parameter_count, same_vocabulary, shared_vocabulary
+from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary, shared_vocabulary
 from .runs import InputError
 from .tokens import control_tokens, document_ends, encode_chat, end_of_turn
 from .training import document_nats
@@ -153,10 +155,28 @@ def context_line(student: LanguageModel, teacher: LanguageModel | None, messages
     return line
 
 
+def family_lines(student: LanguageModel, teacher: LanguageModel | None) -> list[dict]:
+    "Lines on how the two read packed rows, make logits and write answers, as they were seen to; slower ways are noted."
+    def made(head: Head) -> str:
+        return 'a matrix' + (f', × {head.scale:.4g}' if head.scale != 1 else '') + (f', capped at {head.cap:.4g}' if head.cap else '')
+    def answers(keeps: dict[bool, bool]) -> str:
+        return 'read on' if all(keeps.values()) else 'read on, alike in length' if any(keeps.values()) else 'read anew'
+    lines = [compared('packed rows', student, teacher, lambda lm: habits(lm.model).packs, lambda packs: 'yes' if packs else 'no'),
+             compared('output head', student, teacher, lambda lm: head_of(lm.model), made),
+             compared('answers', student, teacher, lambda lm: reads_on(lm.model), answers)]
+    if not all(line['ok'] for line in lines): return lines
+    models = {lm.model.config.model_type: lm.model for lm in (student, teacher) if lm is not None}
+    whole, anew = ([name for name, model in models.items() if not right(model)]
+                   for right in (lambda model: habits(model).packs, lambda model: all(reads_on(model).values())))
+    if whole: lines[0]['note'] = f"{' and '.join(whole)} ignores restarted positions: one document a row"
+    if anew: lines[2]['note'] = f"what {' and '.join(anew)} keeps of a text is not enough to go on: read from its beginning for each token"
+    return lines
+
+
 def preflight_lines(student: LanguageModel, teacher: LanguageModel | None, messages: list[dict], context: int) -> list[dict]:
     "The lines of the pre-flight table, see `preflight`."
     def size(needed: int) -> str: return f'{needed/2**30:.1f} GiB' if needed >= 2**30 else f'{needed/2**20:.1f} MiB'
-    return [*token_lines(student, teacher, messages), context_line(student, teacher, messages, context),
+    return [*token_lines(student, teacher, messages), context_line(student, teacher, messages, context), *family_lines(student, teacher),
             compared('memory', student, teacher, lambda lm: memory(lm, lm is student), size, problem=complaint(check_memory, student))]
 
 # %% ../nbs/31_preflight.ipynb #b3ff3db0

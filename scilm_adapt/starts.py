@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .decoding import Reader
 from .divergence import chunk_size
 from .generate import Answer, check_prompts, halt_ids, next_probabilities, plain, stop_ids, to_answer
 from .models import LanguageModel, adopt_chat, logits_of, same_vocabulary
@@ -109,19 +110,12 @@ class Speaker:
     "One model that reads a batch of texts on and on: `read` takes new tokens [B, n] and gives the logits [B, V] of the next ones."
 
     def __init__(self, lm: LanguageModel, mask: torch.Tensor):
-        self.model, self.cache = lm.model, None
-        self.device = next(lm.model.parameters()).device
-        self.mask = mask.to(self.device)  # [B, what is read so far]
+        self.model, self.device = lm.model, next(lm.model.parameters()).device
+        self.reader = Reader(lm.model, mask.to(self.device))
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         "Logits after these tokens, as 32-bit numbers on the CPU."
-        ids = ids.to(self.device)
-        if self.cache is not None: self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
-        places = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        out = self.model.base_model(input_ids=ids, attention_mask=self.mask, position_ids=places, past_key_values=self.cache,
-                                    use_cache=True)
-        self.cache = out.past_key_values
-        return logits_of(self.model, out.last_hidden_state[:, -1]).float().cpu()
+        return logits_of(self.model, self.reader.read(ids.to(self.device))[:, -1]).float().cpu()
 
 
 @torch.inference_mode()

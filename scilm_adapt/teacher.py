@@ -81,7 +81,7 @@ class LiveTeacher:
         """
         model = self.lm.model.eval()
         device = next(model.parameters()).device
-        moved = {name: batch[name].to(device) for name in ('input_ids', 'position_ids', 'loss_mask')}
+        moved = {name: batch[name].to(device) for name in ('input_ids', 'position_ids', 'loss_mask', 'segments') if name in batch}
         states, head = target_states(hidden_states(model, moved), moved)[0], head_of(model).cast(size)
         def logits_of_rows(rows: torch.Tensor) -> torch.Tensor:
             logits = head.logits(states[rows.to(device)])

@@ -253,6 +253,7 @@ def test_contrastive_search_is_its_formula_alone_and_together_in_every_family(na
     model, widths = babble(family, **sizes), set()
     expected = [reference(model, prompt, 4, 0.6, 8) for prompt in PROMPTS]
     assert len({i for ids in expected for i in ids}) > 12
+    assert all(decoding.reads_on(model).values())  # asked now, so that only the search is watched
     hook = model.base_model.register_forward_pre_hook(lambda m, a, kw: widths.add(tuple(kw['input_ids'].shape)), with_kwargs=True)
     assert of_prompt(contrastive_search(model, **pad(PROMPTS, 0, left=True), max_new_tokens=8), PROMPTS, 8) == expected
     hook.remove()

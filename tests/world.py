@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scilm_adapt.models import LanguageModel, tiny
 from scilm_adapt.tokens import encode
@@ -59,3 +61,59 @@ def two_processes(script: str, *arguments: str | Path) -> None:
         launched.terminate()
         told = launched.communicate()[1]
     assert launched.returncode == 0, told[-3000:]
+
+
+# --- model families ---------------------------------------------------------------------------------------------------------------
+
+WIDTH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+PLAIN = WIDTH | dict(num_key_value_heads=2, max_position_embeddings=96)
+HEADS = PLAIN | dict(head_dim=8)
+GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)
+SCAN = dict(mamba_chunk_size=16, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
+MIXED = ['linear_attention', 'full_attention']
+FAMILIES = {  # name: (model type, its configuration); those of `PACKING` keep packed documents apart, the others do not
+    'llama': ('llama', PLAIN), 'qwen2': ('qwen2', PLAIN), 'qwen3': ('qwen3', HEADS), 'gpt_neox': ('gpt_neox', PLAIN), 'gpt2': ('gpt2', GPT),
+    'gemma': ('gemma', HEADS), 'gemma2': ('gemma2', HEADS | dict(query_pre_attn_scalar=8, final_logit_softcapping=2.0)),
+    'gemma3': ('gemma3_text', HEADS | dict(query_pre_attn_scalar=8)), 'phi': ('phi', PLAIN), 'phi3': ('phi3', PLAIN),
+    'olmo': ('olmo', PLAIN), 'olmo2': ('olmo2', PLAIN), 'smollm3': ('smollm3', PLAIN), 'stablelm': ('stablelm', PLAIN),
+    'granite': ('granite', PLAIN | dict(logits_scaling=6.0, embedding_multiplier=12.0)),
+    'cohere': ('cohere', PLAIN | dict(logit_scale=0.3)),
+    'mistral': ('mistral', PLAIN | dict(sliding_window=6)), 'mixtral': ('mixtral', PLAIN | dict(num_local_experts=4)),
+    'starcoder2': ('starcoder2', PLAIN), 'gptj': ('gptj', GPT | dict(rotary_dim=8)), 'nemotron': ('nemotron', PLAIN),
+    'gpt_neo': ('gpt_neo', dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[['global', 'local'], 1]], window_size=6,
+                                max_position_embeddings=96)),
+    'ernie4_5': ('ernie4_5', PLAIN), 'exaone4': ('exaone4', PLAIN | dict(layer_types=['full_attention']*2, sliding_window=None)),
+    'helium': ('helium', HEADS), 'glm': ('glm', HEADS), 'arcee': ('arcee', PLAIN),
+    'opt': ('opt', WIDTH | dict(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=96)),
+    'opt, projected': ('opt', WIDTH | dict(ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=96, do_layer_norm_before=False)),
+    'bloom': ('bloom', dict(hidden_size=32, n_layer=2, n_head=4)), 'biogpt': ('biogpt', WIDTH | dict(max_position_embeddings=96)),
+    'falcon': ('falcon', WIDTH | dict(alibi=False, max_position_embeddings=96)), 'falcon, alibi': ('falcon', WIDTH | dict(alibi=True)),
+    'mpt': ('mpt', dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=96)),
+    'mamba': ('mamba', dict(hidden_size=32, num_hidden_layers=2, state_size=8)),
+    'mamba2': ('mamba2', dict(hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=16)),
+    'falcon_h1': ('falcon_h1', HEADS | SCAN | dict(mamba_d_ssm=64, lm_head_multiplier=0.05, embedding_multiplier=2.0)),
+    'lfm2': ('lfm2', PLAIN | dict(layer_types=['conv', 'full_attention'])),
+    'recurrent_gemma': ('recurrent_gemma', dict(hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                                                lru_width=32, attention_window_size=32, num_key_value_heads=1, logits_soft_cap=1.0)),
+    'bamba': ('bamba', PLAIN | SCAN | dict(attn_layer_indices=[1])),
+    'granitemoehybrid': ('granitemoehybrid', PLAIN | SCAN | dict(num_local_experts=2, num_experts_per_tok=1, logits_scaling=6.0,
+                                                                 layer_types=['mamba', 'attention'], shared_intermediate_size=48)),
+    'qwen3_next': ('qwen3_next', HEADS | dict(layer_types=MIXED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                                              shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2,
+                                              linear_key_head_dim=8, linear_value_head_dim=8)),
+    'xlstm': ('xlstm', dict(hidden_size=32, num_blocks=2, num_heads=2, chunk_size=16, output_logit_soft_cap=3.0)),
+    'bert': ('bert', WIDTH | dict(max_position_embeddings=96, is_decoder=True))}
+PACKING = [*FAMILIES][:[*FAMILIES].index('opt')]
+LEAKING = [*FAMILIES][[*FAMILIES].index('opt'):]
+
+
+def of_family(name: str, tokenizer: object, larger: float = 4.0, **changes) -> LanguageModel:
+    "An untrained model of one of `FAMILIES`, in 64 bits where it can be; larger matrices than usual keep it from repeating a token."
+    kind, sizes = FAMILIES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0) | sizes | changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if not {'num_experts', 'num_local_experts'} & sizes.keys(): model.double()  # the library adds experts up in 32 bits at most
+    for parameter in model.parameters():
+        if parameter.ndim > 1: parameter.data *= larger
+    return LanguageModel(model, tokenizer, name)
