@@ -85,7 +85,7 @@ def closes(text: str, end: re.Match) -> bool:
     "Whether a closing mark whose opening one is not in the text ends thoughts: on a line of its own, or where a sentence may begin."
     before, after = text[:end.start()], text[end.end():]
     if any(start.lower() in before.lower() for start in THOUGHTS) or spoken_of(text, end): return False
-    return before.endswith('\n') or not after.strip() or after.startswith('\n') or not re.match(r'\s*(?:[a-zа-яё]|[,;:.!?)`"\'»”])', after)
+    return before.endswith('\n') or not after.strip() or after.startswith('\n') or not re.match(r'\s*(?:[a-zа-яё]|[,;:.!?)»”])', after)
 
 
 def leaves_open(lm: LanguageModel, prompt: list[int]) -> bool:

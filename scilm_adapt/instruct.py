@@ -139,10 +139,10 @@ def answers_of(teacher: LanguageModel | Endpoint, conversations: list[list[dict]
 def tell_thoughts(answers: list[Answer | None]) -> list[Answer | None]:
     "The same answers; it is printed how many of them began with thoughts, and how many were nothing else."
     loud, lost = sum(bool(one and one.thoughts) for one in answers), sum(bool(one and one.lost) for one in answers)
-    if loud: print(f'  the teacher thinks aloud in {loud:,} of {len(answers):,} answers: what follows is taken', flush=True)
+    if loud: print(f'  the teacher thinks aloud in {loud:,} of {len(answers):,} answers, and only the rest is taken', flush=True)
     if lost:
-        print(f'  in {lost:,} of {len(answers):,} it came to no answer: give it more tokens for thoughts, or switch them off with an option '
-              f'of its template, such as enable_thinking=false', flush=True)
+        print(f'  in {lost:,} of {len(answers):,} it came to no answer: give it more tokens for thoughts, or switch them off with an '
+              f'option of its template, such as enable_thinking=false', flush=True)
     return answers
 
 
