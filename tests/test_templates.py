@@ -3,14 +3,16 @@ import copy
 import datetime as clock
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from scilm_adapt import generate, instruct
+from scilm_adapt import instruct
 from scilm_adapt.alignment import answer_places
 from scilm_adapt.endpoint import Endpoint, ask, send
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
@@ -273,11 +275,12 @@ def test_an_option_that_no_template_reads_is_refused_with_those_they_read():
     ("{{ raise_exception('this model writes code only') }}", 'cannot write this conversation .this model writes code only'),
     ('{% for m in messages %}{{ m.content }', 'cannot write this conversation'), ('{% if %}', 'cannot write this conversation'),
     ('{{ tools | length }}', 'cannot write this conversation'), ('{{ messages[7].content + 1 }}', 'cannot write this conversation'),
-    ("{{ 1 // 0 }}", 'cannot write this conversation'), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", 'cannot write this conversation'),
+    ("{{ 1 // 0 }}", 'cannot write this conversation'),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", 'cannot write this conversation'),
     ('', 'has no chat template'), (' \n', 'has no chat template'), ('{# nothing #}', 'leaves out what the user says'),
     ('You help.', 'leaves out what the user says'), (LOOP + "{% if m.role == 'user' %}" + TURN + '{% endif %}{% endfor %}',
                                                      'leaves out what the assistant says'),
-    (dict(rag=CHATML, tool_use=CHATML), r"several chat templates and no default .rag, tool_use.; choose one with the option chat_template=rag")])
+    (dict(rag=CHATML, tool_use=CHATML), 'several chat templates and no default .rag, tool_use.; choose one with .* chat_template=rag')])
 def test_a_template_that_cannot_be_used_is_one_sentence(template, sentence):
     tokenizer = tokenizer_of(template)
     tokenizer.name_or_path = 'acme/model'
@@ -291,7 +294,7 @@ def test_one_of_several_templates_is_the_default_or_is_chosen():
     several = tokenizer_of(dict(plain=CHATML, rag=TEMPLATES['silent']))
     set_options([several], 'chat_template=plain')
     assert told(several) == told(TOKENIZERS['chatml'])
-    with pytest.raises(InputError, match='they ask for chat_template'): set_options([tokenizer_of(dict(a=CHATML, b='x'))], 'chat_template=c')
+    with pytest.raises(InputError, match='ask for chat_template'): set_options([tokenizer_of(dict(a=CHATML, b='x'))], 'chat_template=c')
 
 
 @pytest.mark.parametrize('name', ['listed', 'parts'])
@@ -334,8 +337,10 @@ def test_a_student_is_mended_so_that_it_asks_as_it_learns(name, capsys, tmp_path
 
 ANSWER = 'Heat is motion.'
 THOUGHT = ['<think>\nHeat?\n</think>\n\n{}', '<think>Heat?</think>{}', '<think>\n\n</think>\n\n{}', '<think></think>{}',
-           '\n<think>\na\n</think>\n<think>\nb\n</think>\n\n{}', 'Heat? It moves.\n</think>\n\n{}', 'Heat? It moves.</think>{}', 'Hm </think> {}',
-           '<thinking>a</thinking>\n{}', '<thought>a</thought>{}', '[THINK]a[/THINK]{}', '<seed:think>a</seed:think>{}', '◁think▷a◁/think▷{}',
+           '\n<think>\na\n</think>\n<think>\nb\n</think>\n\n{}', 'Heat? It moves.\n</think>\n\n{}', 'Heat? It moves.</think>{}',
+           'Hm </think> {}',
+           '<thinking>a</thinking>\n{}', '<thought>a</thought>{}', '[THINK]a[/THINK]{}', '<seed:think>a</seed:think>{}',
+           '◁think▷a◁/think▷{}',
            '<reasoning>\na\n</reasoning>\n<answer>\n{}\n</answer>', '<think>\na\n</think>\n<answer>\n{}\n</answer>',
            '<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n{}\n\n<|end_of_solution|>',
            '<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>', '<THINK>a</THINK>{}',
@@ -378,9 +383,11 @@ def ids_of(lm: LanguageModel, text: str) -> list[int]: return lm.tokenizer(text,
 
 
 @pytest.mark.parametrize(('text', 'begun', 'thoughts', 'answer', 'stopped'), [
-    ('<think>\nHeat?\n</think>\n\nMotion.<|im_end|>', False, 'Heat?', 'Motion.', True), ('Heat?</think>Motion.<|im_end|>', True, 'Heat?', 'Motion.', True),
+    ('<think>\nHeat?\n</think>\n\nMotion.<|im_end|>', False, 'Heat?', 'Motion.', True),
+    ('Heat?</think>Motion.<|im_end|>', True, 'Heat?', 'Motion.', True),
     ('Heat?</think> motion<|im_end|>', False, 'Heat?', 'motion', True),  # a control token closes for certain
-    ('Heat? It', True, 'Heat? It', '', False), ('Heat?<|im_end|>', True, 'Heat?', '', True), ('Motion.<|im_end|>', False, None, 'Motion.', True),
+    ('Heat? It', True, 'Heat? It', '', False), ('Heat?<|im_end|>', True, 'Heat?', '', True),
+    ('Motion.<|im_end|>', False, None, 'Motion.', True),
     ('Движение.<|im_end|>', False, None, 'Движение.', True)])
 def test_thoughts_are_seen_before_their_marks_are_dropped(thinker, text, begun, thoughts, answer, stopped):
     ids = ids_of(thinker, text)
@@ -389,28 +396,38 @@ def test_thoughts_are_seen_before_their_marks_are_dropped(thinker, text, begun, 
     assert found.lost == (thoughts is not None and not answer)
 
 
-def saying(lm: LanguageModel, monkeypatch, text: str) -> LanguageModel:
-    "The model, whose next tokens are those of `text`, whatever is asked; a real model could learn that by heart."
-    ids = ids_of(lm, text)
-    def write(model, input_ids, attention_mask, max_new_tokens, **_):
-        row = (ids + [lm.tokenizer.pad_token_id]*max_new_tokens)[:max_new_tokens]
-        return generate.torch.cat([input_ids, generate.torch.tensor([row]*len(input_ids))], 1)
-    monkeypatch.setattr(generate, 'continued', lambda lm, prompts, halts, chance, size, decode=None, **dials: iter(
-        [{n: (ids + [lm.tokenizer.pad_token_id]*dials['max_new_tokens'])[:dials['max_new_tokens']] for n in range(len(prompts))}]))
-    monkeypatch.setattr(generate, 'next_tokens', lambda *_: iter(ids))
+class Script(torch.nn.Module):
+    "An output head that says these ids one a step, and begins anew behind the last."
+    def __init__(self, head: torch.nn.Module, ids: list[int]):
+        super().__init__()
+        self.weight, self.ids, self.place = head.weight, ids, 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        said = self.ids[self.place % len(self.ids)]
+        self.place += 1
+        return 100*torch.nn.functional.one_hot(torch.tensor(said), len(self.weight)).float().expand(*hidden.shape[:-1], -1)
+
+
+def saying(lm: LanguageModel, text: str) -> LanguageModel:
+    "The model with a head that says `text`, whatever is asked."
+    lm = replace(lm, model=copy.deepcopy(lm.model))
+    lm.model.lm_head = Script(lm.model.lm_head, ids_of(lm, text))
     return lm
 
 
-def test_a_near_teacher_thinks_only_if_it_may_and_its_thoughts_are_left_out(thinker, monkeypatch, capsys):
-    loud = saying(thinker, monkeypatch, 'What is heat, really?</think>\n\nMotion of parts.<|im_end|>')
+def test_a_near_teacher_thinks_only_if_it_may_and_its_thoughts_are_left_out(thinker, capsys):
+    loud = saying(thinker, 'What is heat, really? What is it?</think>\n\nMotion of parts.<|im_end|>')
     chats = [dict(messages=turns('What is heat?', 'Of the paper.'), author='paper')]
     assert loud.tokenizer.decode(chat_prompt(loud, turns('q'), thinking=True)).endswith('<think>\n')
     [asked] = ask_teacher(loud, chats, 128, thoughts=60)
     assert asked['messages'][1]['content'] == 'Motion of parts.' and asked['author'] == 'teacher'
     assert 'thinks aloud in 1 of 1' in capsys.readouterr().out
+    loud.model.lm_head.place = 0
     assert ask_teacher(loud, chats, 64, thoughts=2) == chats  # out of tokens within its thoughts: the paper keeps its answer
     assert 'came to no answer' in capsys.readouterr().out
+    loud.model.lm_head.place = 0
     assert ''.join(stream(loud, chat_prompt(loud, turns('q'), thinking=True))).strip() == 'Motion of parts.'
+    loud.model.lm_head.place = 0
     assert respond(loud, [chat_prompt(loud, turns('q'), True)], 64)[0].text == 'Motion of parts.'
 
 
@@ -420,14 +437,15 @@ def paper(number: int) -> dict:
 
 
 @pytest.mark.parametrize('write', [write_reading, write_magpie, write_answers])
-@pytest.mark.parametrize('said', ['<think>\nWhat could be asked here?\nIs heat motion?', '<think>\nWhat is asked?\n</think>\n\nWhat is heat in bodies?<|im_end|>'])
-def test_a_question_is_never_a_thought(thinker, monkeypatch, write, said):
-    chats, _ = write(saying(thinker, monkeypatch, said), [paper(1)])
+@pytest.mark.parametrize('said', ['<think>\nWhat could be asked here?\nIs heat motion?',
+                                  '<think>\nWhat is asked?\n</think>\n\nWhat is heat in bodies?<|im_end|>'])
+def test_a_question_is_never_a_thought(thinker, write, said):
+    chats, _ = write(saying(thinker, said), [paper(1)])
     [chat] = chats
     whole = '<|im_end|>' in said
     assert chat['question'] == ('What is heat in bodies?' if whole and write is not write_answers else '')
     assert 'could be asked' not in json.dumps(chat['messages']) and 'Is heat motion?' not in json.dumps(chat['messages'])
-    if write is write_answers: assert instruct.refused(chat, paper(1))[0] == ('thoughts' if not whole else instruct.refused(chat, paper(1))[0])
+    if not whole and write is write_answers: assert instruct.refused(chat, paper(1))[0] == 'thoughts'
     elif not whole: assert 'it thought aloud, and came to none' in chat['problem']
 
 
@@ -451,7 +469,8 @@ class Server:
                 body = json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[choice],
                                        usage=dict(prompt_tokens=5, completion_tokens=7, total_tokens=12))).encode()
                 self.send_response(200)
-                for name, value in {'Content-Type': 'application/json', 'Content-Length': str(len(body))}.items(): self.send_header(name, value)
+                self.send_header('Content-Type', 'application/json')
+                self.send_header('Content-Length', str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -495,7 +514,8 @@ def test_options_and_room_for_thoughts_are_sent():
 
 
 @pytest.mark.parametrize(('message', 'finish', 'verdict'), [
-    (dict(content='<think>\nIs heat motion?'), 'length', 'no question'), (dict(content=None, reasoning_content='Is heat motion?'), 'length', 'no question'),
+    (dict(content='<think>\nIs heat motion?'), 'length', 'no question'),
+    (dict(content=None, reasoning_content='Is heat motion?'), 'length', 'no question'),
     (dict(content='<think>\nIs it?\n</think>\nWhat is heat in a body?'), 'stop', '')])
 def test_a_far_teacher_writes_no_thought_as_a_question(message, finish, verdict, tmp_path, capsys):
     with Server(message, finish) as server: [chat], _ = write_reading(server.endpoint, [paper(1)])
@@ -508,15 +528,15 @@ def test_a_set_counts_the_thoughts_that_came_to_no_answer(tmp_path, capsys):
     with Server(dict(content='<think>\nWhat is wanted here?'), 'length') as server:
         report = instruct.build(splits, tmp_path/'set', server.endpoint, kinds='answer title', written=3)
     assert report['filters']['thoughts']['count'] == 3 and report['filters']['truncated']['count'] == 0
-    assert all(sample['reason'] == 'the teacher thought aloud, and came to no answer' for sample in report['filters']['thoughts']['samples'])
+    assert {sample['reason'] for sample in report['filters']['thoughts']['samples']} == {instruct.is_thought(dict(lost=True), {})}
     assert 'thoughts 3' in capsys.readouterr().out
 
 
 def test_targets_are_those_of_the_answer_behind_the_thoughts(tmp_path):
     tokenizer = TOKENIZERS['chatml']
     words = [tokenizer.decode([i]) for text in ('Hm.\n</think>\n\n', ANSWER) for i in encode(tokenizer, text)]
-    told = [dict(token=word, logprob=-0.1, bytes=list(word.encode()), top_logprobs=[dict(token=word, logprob=-0.1, bytes=list(word.encode()))])
-            for word in words]
+    told = [dict(token=word, logprob=-0.1, bytes=list(word.encode())) for word in words]
+    told = [word | dict(top_logprobs=[word]) for word in told]
     chats = [dict(messages=turns('What is heat?', 'x'), paper_id='p', kind='title', author='paper')]
     with Server(dict(content=''.join(words)), logprobs=told) as server:
         found = remote_targets(tmp_path, server.endpoint, tokenizer, chats, k=1, context=128)
