@@ -226,7 +226,7 @@ def test_a_student_with_nothing_to_adopt_gets_the_plain_template(student, strang
     assert bare.tokenizer.chat_template == PLAIN and 'alignment.PLAIN' in capsys.readouterr().out
     preflight(own, other, fix=True)
     added = own.tokenizer.chat_template.removeprefix(OTHER_TEMPLATE)  # one that works is kept, and opens the answer as it is learnt
-    assert added == '{{ "<|im_start|>assistant: " if add_generation_prompt else "" }}'
+    assert added == '{{ "<|im_start|>assistant: " if add_generation_prompt else "" }}{# opening #}'
 
 
 def test_what_cannot_be_mended_stays_an_error(student, teacher):

@@ -234,6 +234,15 @@ def told(tokenizer) -> str:
     return tokenizer.decode(encode_chat(tokenizer, turns('q'), add_generation_prompt=True)[0])
 
 
+def test_options_of_a_settled_template_change_what_opens_an_answer():
+    tokenizer = copy.deepcopy(TOKENIZERS['hybrid'])
+    for option, raw in (('true', 'assistant\n<think>\n\n</think>\n\n'), ('false', 'assistant\n<think>\n\n</think>\n\n')):
+        tokenizer.chat_template = settled(tokenizer)
+        set_options([tokenizer], f'enable_thinking={option}')
+        assert tokenizer.apply_chat_template(turns('q'), tokenize=False, add_generation_prompt=True).endswith(raw)
+        assert tokenizer.chat_template.count('# opening #') == (option == 'true') and told(tokenizer).endswith(raw)
+
+
 def test_options_reach_the_templates_that_read_them():
     hybrid, dated, plain = (copy.deepcopy(TOKENIZERS[name]) for name in ('hybrid', 'dated', 'chatml'))
     keys = [tokenizer_hash(tokenizer) for tokenizer in (hybrid, dated, plain)]
