@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'PLAIN', 'RANKS', 'byte_alphabet', 'token_bytes', 'byte_ends', 'check_lossless', 'grouped', 'answer_places',
-           'meanings', 'Common', 'common_tokens', 'sorted_distance', 'over_common', 'written', 'merged', 'weighted',
-           'AlignedChat', 'group_answers', 'align_chat', 'Plan', 'plan_batch', 'spread', 'key_of_ids', 'AlignedTeacher',
-           'several_loss']
+           'learnt_answers', 'meanings', 'Common', 'common_tokens', 'sorted_distance', 'over_common', 'written',
+           'merged', 'weighted', 'AlignedChat', 'group_answers', 'align_chat', 'Plan', 'plan_batch', 'spread',
+           'key_of_ids', 'AlignedTeacher', 'several_loss']
 
 # %% ../nbs/28_alignment.ipynb #b50a7b31
 import json
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from .divergence import Head, chunk_size, divergences, floored, head_loss, head_of, loss_rows, mean_loss
 from .models import LanguageModel, hidden_states, weights_hash
 from .runs import InputError, content_hash
-from .tokens import control_tokens, encode, encode_chat, encode_many, end_of_turn, pack, reading_of, runs
+from .tokens import control_tokens, encode, encode_chat, end_of_turn, lay_out, pack, reading_of, runs
 
 # %% ../nbs/28_alignment.ipynb #93c75696
 def byte_alphabet() -> dict[str, int]:
@@ -83,16 +83,19 @@ def grouped(ends: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.concatenate([starts[:, :1], stops[:, :1], starts[:, 1:], stops[:, 1:]], 1)
 
 # %% ../nbs/28_alignment.ipynb #a9031d00
-def answer_places(tokenizer, messages: list[dict]) -> tuple[list[int], list[tuple[int, int, int]]]:
-    "Token ids of a conversation and, for each answer, the places where its content starts, where it stops, and where its turn is over."
-    ids, mask = encode_chat(tokenizer, messages)
-    edges = np.flatnonzero(np.diff([0, *mask, 0])).reshape(-1, 2).tolist()
-    contents = encode_many(tokenizer, [message['content'] for message in messages if message['role'] == 'assistant'])
-    places = [(start, start + len(content), over) for (start, over), content in zip(edges, contents)]
-    if len(edges) != len(contents) or any(ids[start:stop] != content for (start, stop, _), content in zip(places, contents)):
-        raise InputError('The chat template joins answers or leaves one out, so they cannot be found again; take the template of an '
-                         'instruct model of this family.')
-    return ids, places
+def answer_places(tokenizer, messages: list[dict], numbers: list[int] | None = None) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """Token ids of a conversation and, for each answer, the places where its content starts, where it stops, and where its turn is over.
+
+    The answers are those messages of the `numbers`; if None, those that are learnt (see `learnt_answers`).
+    """
+    ids, places = lay_out(tokenizer, messages)
+    wanted = [place.number for place in places if place.learnt] if numbers is None else numbers
+    return ids, [(place.start, place.stop, place.over) for place in places if place.number in wanted]
+
+
+def learnt_answers(tokenizer, messages: list[dict]) -> list[int]:
+    "The numbers of the messages that a model learns: answers that stand in the conversation as they are asked for."
+    return [place.number for place in lay_out(tokenizer, messages)[1] if place.learnt]
 
 
 # For a base model that has no template: a role, the content, and the token that ends a text as the end of a turn.
@@ -212,10 +215,10 @@ def group_answers(student: tuple, teacher: tuple, texts: list[str], tables: tupl
 def align_chat(student_tokenizer: object, teacher_tokenizer: object, messages: list[dict], common: Common,
                tables: tuple[list, list]) -> tuple[list[int], AlignedChat | None]:
     "The student's ids of a conversation and its alignment, None if the two do not spell the same bytes; `tables` are `token_bytes`."
-    student = answer_places(student_tokenizer, messages)
+    student, numbers = answer_places(student_tokenizer, messages), learnt_answers(student_tokenizer, messages)
     composed = [dict(message, content=unicodedata.normalize('NFC', message['content'])) for message in messages]
     for form in (messages, composed):
-        teacher, texts = answer_places(teacher_tokenizer, form), [m['content'] for m in form if m['role'] == 'assistant']
+        teacher, texts = answer_places(teacher_tokenizer, form, numbers), [form[number]['content'] for number in numbers]
         groups = group_answers(student, teacher, texts, tables)
         if groups is not None: break
     else: return student[0], None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'NO_LOGPROBS', 'Endpoint', 'parse_endpoint', 'connect', 'told', 'alive', 'named', 'unreachable',
-           'chat_request', 'text_request', 'defuse', 'finished', 'appending', 'Usage', 'usage_of', 'one', 'send',
-           'answered', 'ask', 'to_answer', 'Word', 'heard']
+           'chat_request', 'text_request', 'defuse', 'finished', 'appending', 'Usage', 'usage_of', 'said', 'one',
+           'send', 'answered', 'ask', 'to_answer', 'Word', 'heard']
 
 # %% ../nbs/24_endpoint.ipynb #373f38bd
 import json
@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .generate import Answer
+from .generate import Answer, parted
 from .runs import InputError, content_hash, hashed, progress
+from .tokens import parse_options
 
 # %% ../nbs/24_endpoint.ipynb #9a04a153
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Endpoint:
     retries: int = 4                          # of a request that failed by chance, after 0.5, 1, 2, 4, 8, 8 … seconds
     prices: tuple[float, float] = (0.0, 0.0)  # of a million tokens read and written, in any currency; only to show the cost
     tokenizer: str = ''                       # a folder or Hub name, where the model's tokenizer is needed; '' = that of the model
+    thoughts: int = 0                         # tokens that its model may think in, beside those of the answer
+    options: str = ''                         # of its chat template, as enable_thinking=false; vLLM, SGLang and llama.cpp take them
 
 
 def parse_endpoint(address: str) -> Endpoint:
@@ -91,13 +94,16 @@ def unreachable(endpoint: Endpoint, error: Exception) -> InputError:
     return InputError(f'No server answers at {endpoint.url} ({told(error)}); start it, or check the address.')
 
 # %% ../nbs/24_endpoint.ipynb #6a2024d6
-def chat_request(messages: list[dict], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, top_logprobs: int = 0) -> dict:
+def chat_request(messages: list[dict], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, top_logprobs: int = 0,
+                 options: str = '') -> dict:
     """The request for an assistant's answer to a conversation; temperature 0 is greedy, else `seed` goes with it.
 
     With `top_logprobs` the server is to say how likely each word of its answer was, and so many of the likeliest ones; see `heard`.
+    `options` are those of the model's chat template, see `tokens.parse_options`.
     """
     harmless = [dict(role=message['role'], content=defuse(message['content'])) for message in messages]
     dials = (dict(seed=seed) if temperature else {}) | (dict(logprobs=True, top_logprobs=top_logprobs) if top_logprobs else {})
+    if options: dials['extra_body'] = dict(chat_template_kwargs=parse_options(options))
     return dict(messages=harmless, max_tokens=max_new_tokens, temperature=temperature) | dials
 
 
@@ -106,9 +112,10 @@ def text_request(prompt: str, max_new_tokens: int, temperature: float = 0.0, see
     return dict(prompt=prompt, max_tokens=max_new_tokens, temperature=temperature) | (dict(seed=seed) if temperature else {})
 
 # %% ../nbs/24_endpoint.ipynb #a0813f03
-CONTROL = re.compile(r'<(?=[|｜][^<>|｜\n]{1,40}[|｜]>|/?(?:s|bos|eos|pad|unk|mask|think|tool_call|tool_response|im_start|im_end)>'
+CONTROL = re.compile(r'<(?=[|｜][^<>|｜\n]{1,40}[|｜]>|/?(?:s|bos|eos|pad|unk|mask|think|thought|seed:think|tool_call|'
+                     r'tool_response|im_start|im_end)>'
                      r'|/?(?:start|end)_of_\w{1,20}>|/?[|｜]\w{1,20}>|\w{1,20}[|｜]>|</?SYS>>)'
-                     r'|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|BOS|EOS|PAD|UNK|CLS|SEP|MASK)\])')
+                     r'|◁(?=/?think▷)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|BOS|EOS|THINK|PAD|UNK|CLS|SEP|MASK)\])')
 
 
 def defuse(text: str) -> str:
@@ -174,9 +181,21 @@ def usage_of(rows: Iterable[dict], prices: tuple[float, float] = (0.0, 0.0)) -> 
     return Usage(len(rows), prompt_tokens=read, completion_tokens=written, cost=(read*prices[0] + written*prices[1])/1e6)
 
 # %% ../nbs/24_endpoint.ipynb #45840d0c
+def said(message: object) -> tuple[str, str | None]:
+    "The text of a server's message, and the thoughts that it tells in a field or in parts of their own (None: none)."
+    content, told = message.content, next((told for name in ('reasoning_content', 'reasoning', 'thinking')
+                                           if isinstance(told := getattr(message, name, None), str) and told.strip()), None)
+    if not isinstance(content, list): return content or '', told
+    def texts(parts: list, kind: str) -> str:
+        found = [part.get(kind) or '' for part in parts if isinstance(part, dict)]
+        return ''.join(part if isinstance(part, str) else texts(part, 'text') for part in found)
+    return texts(content, 'text'), texts(content, 'thinking') or told
+
+
 def one(connection: object, endpoint: Endpoint, request: dict) -> dict:
     """The answer to one request as a row: 'text', 'stopped', 'prompt_tokens', 'completion_tokens', 'seconds' and, if any came, 'logprobs'.
 
+    Thoughts that the server tells apart from the text come as 'thoughts'.
     A request that fails by itself gives 'error' alone. InputError when no request can succeed: no server, a wrong key, a wrong address.
     """
     import openai
@@ -184,7 +203,7 @@ def one(connection: object, endpoint: Endpoint, request: dict) -> dict:
     try:
         reply = route.create(model=endpoint.model, **request)
         choice, usage = reply.choices[0], reply.usage
-        text = choice.message.content if 'messages' in request else choice.text
+        text, thoughts = said(choice.message) if 'messages' in request else (choice.text, None)
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         raise InputError(f'{endpoint.url} refuses the key ({told(error)}); put the right one into the environment variable OPENAI_API_KEY.')
     except openai.NotFoundError as error:
@@ -201,6 +220,7 @@ def one(connection: object, endpoint: Endpoint, request: dict) -> dict:
     row = dict(text=text, stopped=choice.finish_reason == 'stop', seconds=round(time.perf_counter() - start, 3),
                prompt_tokens=getattr(usage, 'prompt_tokens', 0), completion_tokens=getattr(usage, 'completion_tokens', 0))
     logprobs = getattr(choice, 'logprobs', None)
+    row |= dict(thoughts=thoughts.strip()) if thoughts else {}
     return row | (dict(logprobs=logprobs.model_dump(exclude_none=True)) if logprobs else {})
 
 # %% ../nbs/24_endpoint.ipynb #28b3f3f0
@@ -260,14 +280,17 @@ def answered(endpoint: Endpoint, requests: dict[str, dict], file: str | Path | N
 def ask(endpoint: Endpoint, conversations: list[list[dict]], max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
         file: str | Path | None = None, description: str = 'asking') -> tuple[list[Answer | None], Usage]:
     "The assistant's answers to conversations ({'role', 'content'} each), None for what failed for good, and what they cost. See `send`."
-    requests = [chat_request(messages, max_new_tokens, temperature, seed) for messages in conversations]
+    room = max_new_tokens + endpoint.thoughts
+    requests = [chat_request(messages, room, temperature, seed, options=endpoint.options) for messages in conversations]
     rows, usage = send(endpoint, requests, file, description)
     return [to_answer(row) for row in rows], usage
 
 
 def to_answer(row: dict | None) -> Answer | None:
-    "A row of `send` as an `Answer` without token ids."
-    return Answer([], row['text'], row['stopped']) if row else None
+    "A row of `send` as an `Answer` without token ids; its text is what follows the thoughts."
+    if not row: return None
+    thoughts, text = (row['thoughts'], row['text']) if 'thoughts' in row else parted(row['text'], stopped=row['stopped'])
+    return Answer([], text, row['stopped'], thoughts)
 
 # %% ../nbs/24_endpoint.ipynb #28ed3732
 @dataclass(frozen=True)

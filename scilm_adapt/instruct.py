@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TAUGHT', 'OPEN', 'PART', 'PROMPTS', 'LABEL', 'writers', 'REFUSAL', 'filters', 'COLUMNS', 'kinds_of', 'mine_all',
-           'open_user_turn', 'endpoint_tokenizer', 'user_prompt', 'local_answers', 'answers_of', 'user_ids',
-           'ask_teacher', 'in_own_words', 'budget', 'passage_of', 'question_in', 'candidate', 'write_answers',
-           'write_reading', 'paper_prompt', 'write_magpie', 'preamble', 'texts_of', 'is_truncated', 'is_refusal',
-           'is_of_odd_length', 'is_in_another_language', 'plain_words', 'is_copy', 'is_loop', 'roots', 'numbers',
-           'is_ungrounded', 'refused', 'Sieve', 'open_papers', 'mined_candidates', 'written_candidates', 'write_arrow',
-           'publish', 'build', 'chosen_kinds', 'apart', 'show_report', 'Chats', 'answered', 'prepare']
+           'open_user_turn', 'endpoint_tokenizer', 'user_prompt', 'local_answers', 'answers_of', 'tell_thoughts',
+           'user_ids', 'ask_teacher', 'in_own_words', 'budget', 'passage_of', 'question_in', 'candidate',
+           'write_answers', 'write_reading', 'no_question', 'paper_prompt', 'write_magpie', 'preamble', 'texts_of',
+           'is_thought', 'is_truncated', 'is_refusal', 'is_of_odd_length', 'is_in_another_language', 'plain_words',
+           'is_copy', 'is_loop', 'roots', 'numbers', 'is_ungrounded', 'refused', 'Sieve', 'open_papers',
+           'mined_candidates', 'written_candidates', 'write_arrow', 'publish', 'build', 'chosen_kinds', 'apart',
+           'show_report', 'Chats', 'answered', 'prepare']
 
 # %% ../nbs/26_instruct.ipynb #b1e4e86b
 import json
@@ -17,7 +18,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from .models import LanguageModel, weights_hash
 from .papers import OUTCOMES, SPLITS, Corpus, document, save_dataset, source_hash, split
 from .runs import InputError, Run, content_hash, read_json, rng, say, stage, staged_folder, write_json, write_text
 from .sources import places_of
-from .tokens import encode, encode_chat, render, tokenizer_hash
+from .tokens import encode, encode_chat, render, set_options, tokenizer_hash
 
 # %% ../nbs/26_instruct.ipynb #bc9dbf37
 TAUGHT = ('title', 'explanation', 'terms', 'continuation')
@@ -74,6 +75,7 @@ def endpoint_tokenizer(teacher: Endpoint):
                          f"cannot be opened without its chat template; serve the model under its Hub name, or leave out the kind magpie.")
     if not tokenizer.chat_template:
         raise InputError(f"The tokenizer of '{teacher.model}' has no chat template; leave out the kind magpie.")
+    set_options([tokenizer], teacher.options)
     return tokenizer
 
 
@@ -88,7 +90,7 @@ PART = 64  # answers that are computed, and kept, together
 
 
 def local_answers(lm: LanguageModel, prompts: list[list[int]], room: int, temperature: float = 0.0, seed: int = 0,
-                  file: str | Path | None = None, description: str = 'answering') -> tuple[list[Answer], Usage]:
+                  file: str | Path | None = None, description: str = 'answering', thinking: bool = False) -> tuple[list[Answer], Usage]:
     "An answer for each prompt (token ids), and what they cost; finished parts are appended to `file` and not computed again."
     kept, answers, usage = finished(file) if file else {}, [], Usage()
     mark = weights_hash(lm.model) if file else ''
@@ -99,9 +101,10 @@ def local_answers(lm: LanguageModel, prompts: list[list[int]], room: int, temper
             rows = [kept[key] for key in keys if key in kept]
             if len(rows) < len(part):
                 chance = int(rng('teacher', seed, at).integers(2**31))
-                found = respond(lm, part, room, temperature, seed=chance, description=f'{description}, from {at} of {len(prompts)}')
+                found = respond(lm, part, room, temperature, seed=chance, description=f'{description}, from {at} of {len(prompts)}',
+                                thinking=thinking)
                 rows = [dict(key=key, text=one.text, stopped=one.stopped, prompt_tokens=len(prompt), completion_tokens=len(one.ids))
-                        for key, prompt, one in zip(keys, part, found)]
+                        | ({} if one.thoughts is None else dict(thoughts=one.thoughts)) for key, prompt, one in zip(keys, part, found)]
                 for row in rows: append(row)
             else: usage.kept += len(part)
             answers += rows
@@ -110,22 +113,39 @@ def local_answers(lm: LanguageModel, prompts: list[list[int]], room: int, temper
 
 def answers_of(teacher: LanguageModel | Endpoint, conversations: list[list[dict]], room: int, temperature: float = 0.0, seed: int = 0,
                file: str | Path | None = None, description: str = 'asking', context: int | None = None,
-               user: bool = False) -> tuple[list[Answer | None], Usage]:
+               user: bool = False, thoughts: int = 0) -> tuple[list[Answer | None], Usage]:
     """The assistant's next turn in each conversation, or the `user`'s, of at most `room` tokens, and what they cost.
 
-    None where a server failed for good, or where conversation and room exceed a near teacher's context (or `context`).
+    None where a server failed for good, or where conversation and room exceed a near teacher's context (or `context`). A near teacher
+    answers at once, its thoughts closed, unless it may spend so many `thoughts` (tokens) before; of a server that thinks, these are room.
     """
     if isinstance(teacher, Endpoint):
-        if not user: return ask(teacher, conversations, room, temperature, seed, file, description)
+        if not user:
+            teacher = replace(teacher, thoughts=thoughts or teacher.thoughts)
+            answers, usage = ask(teacher, conversations, room, temperature, seed, file, description)
+            return tell_thoughts(answers), usage
         tokenizer = endpoint_tokenizer(teacher)
         requests = [text_request(user_prompt(tokenizer, messages), room, temperature, seed) for messages in conversations]
         rows, usage = send(teacher, requests, file, description)
-        return [to_answer(row) for row in rows], usage
-    prompts = [user_ids(teacher, messages) if user else chat_prompt(teacher, messages) for messages in conversations]
-    fitting = [n for n, prompt in enumerate(prompts) if len(prompt) + room <= min(context or teacher.context, teacher.context)]
-    answers, usage = local_answers(teacher, [prompts[n] for n in fitting], room, temperature, seed, file, description)
-    found = dict(zip(fitting, answers))
+        return tell_thoughts([to_answer(row) for row in rows]), usage
+    thoughts = 0 if user else thoughts
+    prompts = [user_ids(teacher, messages) if user else chat_prompt(teacher, messages, thoughts > 0) for messages in conversations]
+    most = min(context or teacher.context, teacher.context - thoughts)
+    fitting = [n for n, prompt in enumerate(prompts) if len(prompt) + room <= most]
+    answers, usage = local_answers(teacher, [prompts[n] for n in fitting], room + thoughts, temperature, seed, file, description,
+                                   thoughts > 0)
+    found = dict(zip(fitting, tell_thoughts(answers)))
     return [found.get(n) for n in range(len(prompts))], usage + Usage(missing=len(prompts) - len(fitting))
+
+
+def tell_thoughts(answers: list[Answer | None]) -> list[Answer | None]:
+    "The same answers; it is printed how many of them began with thoughts, and how many were nothing else."
+    loud, lost = sum(bool(one and one.thoughts) for one in answers), sum(bool(one and one.lost) for one in answers)
+    if loud: print(f'  the teacher thinks aloud in {loud:,} of {len(answers):,} answers, and only the rest is taken', flush=True)
+    if lost:
+        print(f'  in {lost:,} of {len(answers):,} it came to no answer: give it more tokens for thoughts, or switch them off with an '
+              f'option of its template, such as enable_thinking=false', flush=True)
+    return answers
 
 
 def user_ids(lm: LanguageModel, messages: list[dict]) -> list[int]:
@@ -136,13 +156,14 @@ def user_ids(lm: LanguageModel, messages: list[dict]) -> list[int]:
 
 # %% ../nbs/26_instruct.ipynb #c76bb5fc
 def ask_teacher(teacher: LanguageModel | Endpoint, chats: list[dict], context: int, seed: int = 0,
-                file: str | Path | None = None) -> list[dict]:
+                file: str | Path | None = None, thoughts: int = 0) -> list[dict]:
     """The conversations with the teacher's answers instead of the paper's, where the teacher finished one of at least two words.
 
     An answer may have a quarter of the `context` tokens; a question so long that this does not fit is not asked. With a `file`,
-    finished answers are kept there, and a call that was killed goes on where it was.
+    finished answers are kept there, and a call that was killed goes on where it was. For `thoughts` see `answers_of`.
     """
-    answers, _ = answers_of(teacher, [chat['messages'][:1] for chat in chats], context//4, 0.0, seed, file, 'teacher answers', context)
+    answers, _ = answers_of(teacher, [chat['messages'][:1] for chat in chats], context//4, 0.0, seed, file, 'teacher answers', context,
+                            thoughts=thoughts)
     return [in_own_words(chat, answer) if answer and answer.stopped and len(answer.text.split()) >= 2 else chat
             for chat, answer in zip(chats, answers)]
 
@@ -189,35 +210,41 @@ def candidate(paper: dict, kind: str, question: str, asked: str, answer: Answer 
     problem = problem or ('' if answer else 'no answer came from the teacher, or there is no room for one in its context')
     return dict(paper_id=paper['id'], kind=kind, lang=language_of(paper), author='teacher', reference='', question=question,
                 messages=[dict(role='user', content=asked), dict(role='assistant', content=text)],
-                stopped=bool(answer and answer.stopped), problem=problem)
+                stopped=bool(answer and answer.stopped), lost=bool(answer and answer.lost), problem=problem)
 
 
 def write_answers(teacher: LanguageModel | Endpoint, papers: list[dict], seed: int = 0, file: str | Path | None = None,
-                  chosen: Iterable[str] = OPEN) -> tuple[list[dict], Usage]:
+                  chosen: Iterable[str] = OPEN, thoughts: int = 0) -> tuple[list[dict], Usage]:
     "One mined question of each paper, of the `chosen` kinds with many right answers, answered by the teacher; see `candidate`."
     (words, room), mined, chosen = budget(teacher), [], [kind for kind in chosen if kind in OPEN]
     for paper in papers:
         found = (mine(paper, chosen[n], words//2, seed) for n in rng('answer', seed, paper['id']).permutation(len(chosen)))
         if chat := next(filter(None, found), None): mined.append((paper, chat))
-    answers, usage = answers_of(teacher, [chat['messages'][:1] for _, chat in mined], room, 0.0, seed, file, 'answers')
+    answers, usage = answers_of(teacher, [chat['messages'][:1] for _, chat in mined], room, 0.0, seed, file, 'answers', thoughts=thoughts)
     return [candidate(paper, chat['kind'], '', chat['messages'][0]['content'], answer) | dict(reference=chat['reference'])
             for (paper, chat), answer in zip(mined, answers)], usage
 
 
 def write_reading(teacher: LanguageModel | Endpoint, papers: list[dict], seed: int = 0,
-                  file: str | Path | None = None) -> tuple[list[dict], Usage]:
+                  file: str | Path | None = None, thoughts: int = 0) -> tuple[list[dict], Usage]:
     "For each paper with a passage: a question that the teacher wrote, and its answer; see `candidate`."
     words, room = budget(teacher)
     papers = [(paper, passage) for paper in papers if (passage := passage_of(paper, words, seed)) and paper_prompt(paper, 'question')]
     turns = [[dict(role='user', content=paper_prompt(paper, 'question').format(passage))] for paper, passage in papers]
-    wrote, usage = answers_of(teacher, turns, room//2, 0.0, seed, file, 'questions')
+    wrote, usage = answers_of(teacher, turns, room//2, 0.0, seed, file, 'questions', thoughts=thoughts)
     questions = [question_in(answer.text) if answer else '' for answer in wrote]
     asked = [paper_prompt(paper, 'reading').format(passage, question) for (paper, passage), question in zip(papers, questions)]
     found = [n for n, question in enumerate(questions) if question]
-    answers, more = answers_of(teacher, [[dict(role='user', content=asked[n])] for n in found], room, 0.0, seed, file, 'their answers')
+    answers, more = answers_of(teacher, [[dict(role='user', content=asked[n])] for n in found], room, 0.0, seed, file, 'their answers',
+                               thoughts=thoughts)
     answers = dict(zip(found, answers))
     return [candidate(paper, 'reading', questions[n], asked[n], answers.get(n), '' if questions[n] or not wrote[n] else
-                      f'the teacher wrote no question: {wrote[n].text[:80]!r}') for n, (paper, _) in enumerate(papers)], usage + more
+                      f'the teacher wrote no question: {no_question(wrote[n])}') for n, (paper, _) in enumerate(papers)], usage + more
+
+
+def no_question(answer: Answer) -> str:
+    "What a teacher wrote in place of a question."
+    return 'it thought aloud, and came to none' if answer.lost else repr(answer.text[:80])
 
 
 def paper_prompt(paper: dict, name: str) -> str:
@@ -226,7 +253,7 @@ def paper_prompt(paper: dict, name: str) -> str:
 
 # %% ../nbs/26_instruct.ipynb #b548029e
 def write_magpie(teacher: LanguageModel | Endpoint, papers: list[dict], seed: int = 0,
-                 file: str | Path | None = None) -> tuple[list[dict], Usage]:
+                 file: str | Path | None = None, thoughts: int = 0) -> tuple[list[dict], Usage]:
     "For each paper with a passage: what the teacher says in the user's place with the paper at hand, and its answer; see `candidate`."
     words, room = budget(teacher)
     papers = [(paper, passage) for paper in papers if (passage := passage_of(paper, words, seed)) and paper_prompt(paper, 'preamble')]
@@ -237,10 +264,10 @@ def write_magpie(teacher: LanguageModel | Endpoint, papers: list[dict], seed: in
             for answer in wrote]  # letters drawn by chance, byte for byte, can be halves
     found = [n for n, text in enumerate(said) if text]
     answers, more = answers_of(teacher, [[*turns[n], dict(role='user', content=said[n])] for n in found], room, 0.0, seed, file,
-                               'their answers')
+                               'their answers', thoughts=thoughts)
     answers = dict(zip(found, answers))
     return [candidate(paper, 'magpie', said[n], said[n], answers.get(n), '' if said[n] or not wrote[n] else
-                      f"the teacher's question has no end, under 3 words, or half a letter: {wrote[n].text[:80]!r}")
+                      f"the teacher's question has no end, under 3 words, or half a letter: {no_question(wrote[n])}")
             for n, (paper, _) in enumerate(papers)], usage + more
 
 
@@ -269,6 +296,11 @@ REFUSAL = re.compile(r"\bas an ai\b|\bas a (?:large )?language model|\bi(?:['’
 def texts_of(chat: dict) -> tuple[str, str]:
     "What is asked and what is answered, last of all, in a conversation."
     return chat['messages'][-2]['content'], chat['messages'][-1]['content']
+
+
+def is_thought(chat: dict, paper: dict) -> str:
+    "A reason if the teacher thought aloud and came to no answer."
+    return 'the teacher thought aloud, and came to no answer' if chat.get('lost') else ''
 
 
 def is_truncated(chat: dict, paper: dict) -> str:
@@ -342,8 +374,8 @@ def is_ungrounded(chat: dict, paper: dict) -> str:
 
 
 filters: dict[str, Callable[[dict, dict], str]] = dict(
-    truncated=is_truncated, refusal=is_refusal, length=is_of_odd_length, language=is_in_another_language, copy=is_copy, loop=is_loop,
-    grounding=is_ungrounded)
+    thoughts=is_thought, truncated=is_truncated, refusal=is_refusal, length=is_of_odd_length, language=is_in_another_language,
+    copy=is_copy, loop=is_loop, grounding=is_ungrounded)
 
 
 def refused(chat: dict, paper: dict) -> tuple[str, str]:
@@ -420,14 +452,14 @@ def mined_candidates(papers: Iterable[dict], chosen: list[str], per_paper: int, 
 
 
 def written_candidates(teacher: LanguageModel | Endpoint, papers: Sequence[dict], chosen: list[str], written: int, seed: int,
-                       file: Path) -> tuple[list[tuple[int, dict, dict]], Usage]:
+                       file: Path, thoughts: int = 0) -> tuple[list[tuple[int, dict, dict]], Usage]:
     "(line, paper, candidate) of everything the teacher writes about `written` papers, and what it cost."
     lines = sorted(map(int, rng('written', seed).permutation(len(papers))[:written]))
     about, usage, found = [papers[n] for n in lines], Usage(), []
     place = {paper['id']: (line + 1, paper) for line, paper in zip(lines, about)}
     for name in (name for name in chosen if name in writers):
         extra = dict(chosen=[kind for kind in chosen if kind in OPEN] or OPEN) if name == 'answer' else {}
-        chats, more = writers[name](teacher, about, seed=seed, file=file, **extra)
+        chats, more = writers[name](teacher, about, seed=seed, file=file, thoughts=thoughts, **extra)
         usage += more
         found += [(*place[chat['paper_id']], chat) for chat in chats]
     return found, usage
@@ -471,6 +503,7 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
           per_paper: int = 4,   # mined conversations of each paper, at most
           written: int = 500,   # training papers about which the teacher writes
           words: int = 60,      # longest mined answer
+          thoughts: int = 0,    # tokens that the teacher may think in before each answer (0 = a near one answers at once)
           evaluation: Iterable[str] = (), seed: int = 0) -> dict:
     """Write an instruction set: a `datasets` folder with the splits train, valid and test and the columns `COLUMNS`; returns its report.
 
@@ -491,7 +524,7 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
         for name in reversed(SPLITS):
             candidates = mined_candidates(splits[name], [kind for kind in chosen if kind not in writers], per_paper, words, seed)
             if teacher and name == 'train':
-                first, usage = written_candidates(teacher, splits[name], chosen, written, seed, beside)
+                first, usage = written_candidates(teacher, splits[name], chosen, written, seed, beside, thoughts)
                 candidates = chain(first, candidates)
             kept = (chat for line, paper, chat in candidates
                     if apart(paper['id'], name, elsewhere) and sieve.passes(chat, paper, name, line))
@@ -546,10 +579,10 @@ class Chats:
 
 
 def answered(teacher: LanguageModel, chats: list[dict], papers: dict[str, dict], context: int, seed: int,
-             file: Path) -> tuple[list[dict], Counter]:
+             file: Path, thoughts: int = 0) -> tuple[list[dict], Counter]:
     "The conversations, with the teacher's answers to questions that have many right ones, if they pass; and what the filters refused."
     asked = [n for n, chat in enumerate(chats) if chat['kind'] in OPEN]
-    written, refusals, chats = ask_teacher(teacher, [chats[n] for n in asked], context, seed, file), Counter(), list(chats)
+    written, refusals, chats = ask_teacher(teacher, [chats[n] for n in asked], context, seed, file, thoughts), Counter(), list(chats)
     for n, chat in zip(asked, written):
         name, _ = refused(chat, papers[chat['paper_id']])
         if name: refusals[name] += 1
@@ -559,12 +592,13 @@ def answered(teacher: LanguageModel, chats: list[dict], papers: dict[str, dict],
 
 def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: int = 4000, teacher_answers: int = 400,
             held_out: int = 400, context: int = 256, seed: int = 0, kinds: str | Iterable[str] = TAUGHT,
-            evaluation: str = '') -> Chats:
+            evaluation: str = '', thoughts: int = 0) -> Chats:
     """Conversations for stage 2 as the stage 'chats': `conversations` for training, the first `teacher_answers` of them answered
     by the teacher where it may and can, and `held_out` each for validation and test, answered by their papers.
 
     `kinds` names the kinds that are mined; '' or 'all' takes all. `evaluation` is a file, folder or pattern of evaluation texts that
-    must not be in a conversation ('' = none). InputError when a split yields none.
+    must not be in a conversation ('' = none); the teacher may spend `thoughts` (tokens) before each answer.
+    InputError when a split yields none.
     """
     say('instruct: questions out of the papers, answers by the papers and the teacher')
     chosen = kinds_of(kinds, mined_kinds)
@@ -578,7 +612,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: 
             if name == 'train' and teacher_answers:
                 first, wanted = chats[:teacher_answers], {chat['paper_id'] for chat in chats[:teacher_answers]}
                 known = {paper['id']: paper for paper in papers if paper['id'] in wanted}
-                first, refusals = answered(teacher, first, known, context, seed, scratch/'answers.jsonl')
+                first, refusals = answered(teacher, first, known, context, seed, scratch/'answers.jsonl', thoughts)
                 chats = first + chats[teacher_answers:]
             chats, leaks = decontaminate(chats, exam)
             write_text(folder/f'{name}.jsonl', ''.join(json.dumps(chat) + '\n' for chat in chats))
@@ -587,6 +621,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: 
         write_json(folder/'report.json', counts)
     config = dict(teacher=weights_hash(teacher.model), tokenizer=tokenizer_hash(teacher.tokenizer),
                   conversations=conversations, teacher_answers=teacher_answers, held_out=held_out, context=context, seed=seed, kinds=chosen,
+                  thoughts=thoughts,
                   evaluation=source_hash(evaluation) if evaluation else '')
     folder = stage(run, 'chats', config, make, [corpus.folder], resumable=True)
     counts = read_json(folder/'report.json')['train']

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'OR_FIX', 'WARM_UP', 'compared', 'complaint', 'head_size', 'ends', 'turn_end', 'reading', 'memory',
-           'template_problem', 'padding_problem', 'shares', 'token_lines', 'context_line', 'family_lines',
-           'preflight_lines', 'rendered', 'show_table', 'named_end', 'repair', 'ends_turns', 'turns_line', 'preflight',
-           'answer_nats', 'teacher_advantage']
+           'template_problem', 'prompt_ends', 'prompt_line', 'padding_problem', 'shares', 'token_lines', 'context_line',
+           'family_lines', 'preflight_lines', 'rendered', 'show_table', 'named_end', 'repair', 'asking', 'ends_turns',
+           'turns_line', 'preflight', 'answer_nats', 'teacher_advantage']
 
 # %% ../nbs/31_preflight.ipynb #cda18727
 import math
@@ -21,7 +21,8 @@ from .generate import chat_prompt, respond
 from .intervals import difference_interval
 from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary, shared_vocabulary
 from .runs import InputError
-from .tokens import control_tokens, document_ends, encode_chat, end_of_turn
+from .tokens import (control_tokens, document_ends, encode_chat, end_of_turn, mark, named_templates, opening, settled,
+                                written)
 from .training import document_nats
 
 # %% ../nbs/31_preflight.ipynb #1f425c80
@@ -100,6 +101,28 @@ def template_problem(student: LanguageModel, teacher: LanguageModel | None, advi
     return '' if student.tokenizer.chat_template else f"The student '{student.name}' has no chat template; {advice}"
 
 
+def prompt_ends(lm: LanguageModel) -> dict[str, str] | None:
+    "What stands before an answer as the template is 'asked', as it was 'learnt', and 'here' for both; and the 'form' of contents."
+    try:
+        asked, form = written(lm.tokenizer, EXAMPLE[:1], add_generation_prompt=True)
+        texts = dict(asked=asked, learnt=written(lm.tokenizer, EXAMPLE)[0].rpartition(mark(1))[0], here=opening(lm.tokenizer, EXAMPLE[:1]))
+    except InputError: return None  # the line on the example says why
+    return {name: text.rpartition(mark(0))[2] for name, text in texts.items()} | dict(form=form)
+
+
+def prompt_line(student: LanguageModel, teacher: LanguageModel | None) -> dict:
+    "The line on whether a model is asked as it was taught; never wrong, since here there is one `tokens.opening` for both."
+    def told(ends: dict[str, str]) -> str:
+        same = ends['asked'].rstrip(' ') == ends['learnt'].rstrip(' ')
+        return ('as learnt' if same else 'not as learnt') + (f", content as {ends['form']}" if ends['form'] != 'text' else '')
+    notes = []
+    for role, lm in dict(student=student, teacher=teacher).items():
+        if lm is None or not (ends := prompt_ends(lm)) or told(ends).startswith('as learnt'): continue
+        notes.append(f"the {role}'s prompt ends with {ends['asked']!r} where it is asked and with {ends['learnt']!r} where it was learnt: "
+                     f"here always with {ends['here']!r}")
+    return compared('prompt', student, teacher, prompt_ends, told) | dict(note='; '.join(notes))
+
+
 def padding_problem(student: LanguageModel) -> str:
     "What is wrong when the student has no token that fills rows up."
     if student.tokenizer.pad_token is not None: return ''
@@ -128,6 +151,7 @@ def token_lines(student: LanguageModel, teacher: LanguageModel | None, messages:
         line('end of text, padding', ends, lambda pair: f"{pair[0]}, {pair[1] or 'none'}", problem=padding_problem(student)),
         line('an example', lambda lm: reading(lm, messages), lambda pair: f'{len(pair[0])} tokens, {sum(pair[1])} learnt',
              f'The two read a conversation differently; {adopt}', lacking),
+        prompt_line(student, teacher),
         line('end of turn', turn_end, lambda pair: f'{pair[1]} ({pair[0]})',
              "A turn ends with another token for each, so the student could not learn to stop; it needs the teacher's template.", lacking)]
     if teacher is None or alike: return lines
@@ -226,13 +250,23 @@ def repair(student: LanguageModel, teacher: LanguageModel | None) -> list[str]:
         tokenizer.pad_token = tokenizer.eos_token
         done.append(f'rows of the student are now filled up with {tokenizer.eos_token}')
     if teacher is not None and same_vocabulary(tokenizer, teacher.tokenizer):
-        if teacher.tokenizer.chat_template and tokenizer.chat_template != teacher.tokenizer.chat_template:
+        if teacher.tokenizer.chat_template and tokenizer.chat_template not in (teacher.tokenizer.chat_template, asking(teacher)):
             adopt_chat(student, teacher)
             done.append("the student now has the teacher's chat template")
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN
         done.append('the student now has a plain chat template (alignment.PLAIN)')
+    if asking(student) != named_templates(tokenizer).get('default'):
+        tokenizer.chat_template = asking(student)
+        done.append("the student's chat template now asks as it is learnt, and on the same day")
     return done
+
+
+
+def asking(lm: LanguageModel) -> str:
+    "The chat template that asks as it is learnt (see `tokens.settled`); as it is, if it cannot be used."
+    try: return settled(lm.tokenizer)
+    except InputError: return named_templates(lm.tokenizer).get('default')
 
 # %% ../nbs/31_preflight.ipynb #57907d7f
 WARM_UP = 0.5  # the share of answers that must end before a student learns from what it writes itself

