@@ -41,10 +41,15 @@ def target_states(hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple
     return hidden[:, :-1][mask], batch['input_ids'][:, 1:][mask]
 
 
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    "The values in 32 bits, or in 64 where they have them: a sum of logarithms in 16 bits keeps two digits."
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def lm_loss(model, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None = None) -> torch.Tensor:
     "Negative log-likelihood (nats) of the batch's targets, summed and divided by batch['count']; a scalar."
     states, targets = target_states(hidden_states(model, batch) if hidden is None else hidden, batch)
-    return F.cross_entropy(logits_of(model, states).float(), targets, reduction='sum')/batch['count']
+    return F.cross_entropy(_exact(logits_of(model, states)), targets, reduction='sum')/batch['count']
 
 # %% ../nbs/14_training.ipynb #599f10a8
 def micro_batches(batch: dict[str, torch.Tensor], rows: int | None, rank: int = 0, ranks: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -122,7 +127,7 @@ def add_gradients(accelerator: Accelerator, module: nn.Module, batch: dict, micr
         with nullcontext() if number == len(parts) - 1 else accelerator.no_sync(module):
             with accelerator.autocast(): out = module({name: value.to(accelerator.device) for name, value in part.items()})
             accelerator.backward(out['loss']*accelerator.num_processes)  # gradients are averaged over processes; we want their sum
-        for name, value in out.items(): values[name] = values.get(name, 0.0) + value.detach().float()
+        for name, value in out.items(): values[name] = values.get(name, 0.0) + _exact(value.detach())
     return {name: accelerator.reduce(value, 'sum').item() for name, value in values.items()}
 
 # %% ../nbs/14_training.ipynb #1b2e451d
@@ -333,7 +338,7 @@ def lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int = 0)
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank if alpha is None else alpha, target_modules='all-linear'), model)
     for parameter in model.parameters():  # a model in 16 bits learns in 32
-        if parameter.requires_grad: parameter.data = parameter.data.float()
+        if parameter.requires_grad: parameter.data = _exact(parameter.data)
     def merge() -> nn.Module:
         for parameter, want in zip(merge_adapters(model).parameters(), wanted): parameter.requires_grad_(want)
         return model
@@ -370,7 +375,7 @@ def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[lis
         batch = {name: value.to(device) for name, value in packed.batch(numbers).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' and mixed_precision(device) == 'bf16'):
             states, targets = target_states(hidden_states(lm.model, batch), batch)
-            losses = F.cross_entropy(logits_of(lm.model, states).float(), targets, reduction='none').double().cpu().numpy()
+            losses = F.cross_entropy(_exact(logits_of(lm.model, states)), targets, reduction='none').double().cpu().numpy()
         rows_of = packed.arrays(numbers)
         owners = rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]]
         nats += np.bincount(owners, weights=losses, minlength=len(documents))
