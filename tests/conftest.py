@@ -5,6 +5,9 @@ from pathlib import Path
 
 # Before anything imports torch, transformers or matplotlib; the subprocesses that tests start inherit them.
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
+# One test runs on each core, so a second thread of a subprocess has none to run on: whoever waits for it would spin.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 # What a shell starts in the background ignores Ctrl-C, and so would all processes that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

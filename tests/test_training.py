@@ -375,11 +375,11 @@ def test_where_not_even_one_row_fits_it_is_said():
 def test_real_memory_that_is_too_small_halves_the_micro_batch(tmp_path):
     def work():
         lm = tiny(TEXTS, hidden=64, layers=2, heads=2, context=512)
-        packed = pack([encode_document(lm.tokenizer, ' '.join(TEXTS))[:256]]*64, 256)
+        packed = pack([encode_document(lm.tokenizer, ' '.join(TEXTS))[:128]]*64, 128)
         options = dict(learning_rate=1e-3, precision='no')
         fit(lm.model, lambda step: packed.batch([0]), plain_loss, 1, **options)
         used = int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))
         said = []
         import builtins
         builtins.print = lambda *words, **_: said.append(words[0])
