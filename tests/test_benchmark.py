@@ -157,7 +157,7 @@ def test_operations_are_those_that_torch_counts(models, name):
 
 
 def test_shares_of_the_machine_are_shares(models):
-    found = asked('use', models, rounds=1)
+    found = steps.use(models, rounds=1)
     assert len(found['share']) == 3 and all(0 < share < 2 for share in found['share'].values()) and found['rate'] > 1e8
 
 

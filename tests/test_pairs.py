@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_training import in_two
 from torch import distributed
-from world import exact, two_processes
+from world import exact
 
 from scilm_adapt.models import build, families, tiny
 from scilm_adapt.pairs import (
@@ -425,7 +427,7 @@ def memory() -> None:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='memory is measured as Linux does')
 def test_memory_does_not_grow_with_the_batch():
-    done = subprocess.run([sys.executable, __file__, 'memory'], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
     few, many, large = map(float, done.stdout.split())
     assert many < 1.5*few + 16 < large/2, (few, many, large)  # a table of cosines takes 1 MiB, and a few are needed
@@ -476,9 +478,9 @@ def trained(pairs: int, micro_batch: int | None, chunk: int | None = None, hard:
     return history, {name: p.detach().tolist() for name, p in lm.model.named_parameters() if 'layers.1' in name}
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, rank: int) -> None:
     "What each of two processes does: all cases, one after the other."
-    for name, case in CASES.items(): (folder/f'{name}.{os.environ["RANK"]}.json').write_text(json.dumps(trained(**case)))
+    for name, case in CASES.items(): (folder/f'{name}.{rank}.json').write_text(json.dumps(trained(**case)))
     distributed.destroy_process_group()
 
 
@@ -486,7 +488,7 @@ def work(folder: Path) -> None:
 def together(tmp_path_factory) -> Path:
     "The folder in which two processes left what they found."
     folder = tmp_path_factory.mktemp('processes')
-    two_processes(__file__, 'work', folder)
+    in_two(partial(work, folder))
     return folder
 
 
@@ -501,4 +503,4 @@ def test_two_processes_contrast_as_one(together, name):
     for key, values in weights.items(): assert torch.allclose(torch.tensor(values), torch.tensor(found[0][1][key]), atol=1e-7), key
 
 
-if __name__ == '__main__': work(Path(sys.argv[2])) if sys.argv[1] == 'work' else memory()
+if __name__ == '__main__': memory()
