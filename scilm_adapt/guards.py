@@ -25,7 +25,7 @@ from .models import LanguageModel, hidden_states, logits_of, mixed_precision, sa
 from .runs import InputError, staged_folder, write_json
 from .teacher import Teacher
 from .tokens import encode_chat, pack
-from .training import has_adapters, merge_adapters, target_states
+from .training import exact, has_adapters, merge_adapters, target_states
 
 # %% ../nbs/33_guards.ipynb #cd0e9685
 def answered(lm: LanguageModel, answers: list[Answer], most: int) -> dict[str, float]:
@@ -44,7 +44,7 @@ def judged(student: LanguageModel, teacher: Teacher | None, documents: list[list
     model, device = student.model, next(student.model.parameters()).device
     packed = pack(documents, max(map(len, documents)), masks)
     count = sum(sum(mask) for mask in masks)
-    surprise, entropy, kl = torch.zeros(3, device=device)
+    surprise, entropy, kl = exact(torch.zeros(3, device=device, dtype=model.dtype))
     for at in range(0, len(packed), 4):
         batch = packed.batch(range(at, min(at + 4, len(packed)))) | dict(step=torch.tensor(step))
         batch = {name: value.to(device) for name, value in batch.items()}
@@ -52,7 +52,7 @@ def judged(student: LanguageModel, teacher: Teacher | None, documents: list[list
             states, written = target_states(hidden_states(model, batch), batch)
             rows = chunk_size(len(student.tokenizer), device)
             for part, words in zip(states.split(rows), written.split(rows)):
-                logprobs = logits_of(model, part).float().log_softmax(-1)
+                logprobs = exact(logits_of(model, part)).log_softmax(-1)
                 surprise -= logprobs.gather(-1, words[:, None]).sum()
                 entropy -= torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum()
             if teacher: kl += teacher.loss(batch, states, head_of(model), kind, 1.0, count)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 # Before anything imports torch, transformers or matplotlib; the subprocesses that tests start inherit them.
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
+# One test runs on each core, so a second thread of a subprocess has none to run on: whoever waits for it would spin.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 # What a shell starts in the background ignores Ctrl-C, and so would all processes that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -15,6 +18,15 @@ from hypothesis import HealthCheck, settings
 # The same examples on every machine, and no deadline: CI shares its cores with others.
 settings.register_profile('house', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('house')
+
+
+# Of two processes that share out files, one would end with the longest alone: they come first (with --no-loadscope-reorder).
+LONG = ['test_pipeline', 'test_faults', 'test_training', 'test_benchmark', 'test_distill', 'test_cli']
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "The files that take longest first, the others as they were."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope='session')

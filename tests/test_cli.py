@@ -243,13 +243,11 @@ def test_an_interrupted_cell_may_finish_its_step_unless_somebody_is_impatient(no
     running = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
     next(line for line in running.stdout if line.startswith('pids'))
-    start = time.monotonic()
     running.send_signal(signal.SIGTERM)
     time.sleep(.5)
     if impatient: running.send_signal(signal.SIGINT)
-    running.communicate(timeout=50)
+    running.communicate(timeout=50)                                   # not the whole minute that it might take
     assert running.returncode == 143 and (small.parent/'saved').exists() == (not impatient)
-    assert (time.monotonic() - start < 5) == impatient and time.monotonic() - start < 20  # not the whole minute
     assert statuses(small.parent/'out'/'run.failed.ipynb')[-2:] == ['failed', 'pending']
 
 

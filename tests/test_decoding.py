@@ -222,7 +222,7 @@ PROMPTS = [[9, 8, 7], [5, 17, 33, 40, 41, 90, 91, 92, 17, 33, 29], [60, 61, 62, 
 
 def babble(family: str, **sizes):
     "An untrained model of a family of transformers that does not repeat a single token."
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), attn_implementation=sizes.get('attn_implementation'))
     for parameter in model.parameters(): parameter.data *= 3
     return model.eval()
@@ -230,7 +230,10 @@ def babble(family: str, **sizes):
 
 @torch.no_grad()
 def reference(model, ids: list[int], k: int, alpha: float, new: int) -> list[int]:
-    "Contrastive search by its formula: no cache, no batch, one candidate after the other, all read anew."
+    """Contrastive search by its formula: no cache, no batch, one candidate after the other, all read anew.
+
+    In 32 bits, which some of the families need, so no choice may be so narrow that another order of the same sums decides otherwise.
+    """
     ids = list(ids)
     for _ in range(new):
         states = model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
@@ -239,6 +242,8 @@ def reference(model, ids: list[int], k: int, alpha: float, new: int) -> list[int
             mine = model.base_model(torch.tensor([[*ids, int(candidate)]]), use_cache=False).last_hidden_state[0, -1]
             scores[int(candidate)] = (1 - alpha)*p.item() - alpha*torch.cosine_similarity(mine, states, dim=-1).max().item()
         ids.append(max(scores, key=scores.get))
+        first, second = sorted(scores.values(), reverse=True)[:2]
+        assert first - second > 2e-5  # of numbers of size 1, each a sum of at most 100 products: 100*1.2e-7, and some to spare
     return ids
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from world import WORDS, changed, conversation, sentence
+from world import WORDS, changed, conversation, exact, sentence
 
 from scilm_adapt import distill, files
 from scilm_adapt.checkpoints import Checkpoints
@@ -64,7 +64,7 @@ def batch_of(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, 
 
 @pytest.mark.parametrize('family', families(1, 1, 1, 1, 1))
 def test_targets_equal_a_forward_pass_of_each_conversation_alone(family):
-    lm, chats = build(TOKENIZER, family, context=128), [conversation(number) for number in range(6)]
+    lm, chats = exact(build(TOKENIZER, family, context=128)), [conversation(number) for number in range(6)]
     packed = pack_chats(TOKENIZER, chats, 96)
     rows = list(range(len(packed)))
     targets, owners = LiveTeacher(lm).targets(packed.batch(rows)), packed.documents[:, 1:][packed.loss_mask[:, 1:]]
@@ -72,7 +72,7 @@ def test_targets_equal_a_forward_pass_of_each_conversation_alone(family):
         ids, mask = encode_chat(TOKENIZER, chat['messages'])
         with torch.no_grad(): alone = lm.model(torch.tensor([ids])).logits[0]
         wanted = alone[[place - 1 for place, learnt in enumerate(mask) if learnt]]
-        torch.testing.assert_close(targets[owners == number], wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(targets[owners == number], wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_teacher_is_in_evaluation_mode_and_never_changed(teacher):
@@ -104,6 +104,7 @@ def test_a_teacher_that_is_no_number_is_named(teacher, value):
 # --- the loss
 
 def test_loss_is_the_sum_of_its_parts_as_defined(student, teacher):
+    student, teacher = exact(student), exact(teacher)
     batch = batch_of([conversation(number) for number in range(12)])
     with torch.no_grad():
         parts = distil_loss(LiveTeacher(teacher), 'jsd', 2.0, 0.3, 0.2, beta=0.1)(student.model, batch)
@@ -126,6 +127,7 @@ def test_a_part_of_weight_zero_is_not_computed(student, teacher):
 @pytest.mark.parametrize('rows', [1, 2, 4, 16])
 def test_micro_batches_give_the_same_loss_and_gradient(student, teacher, rows):
     "Also where a part has conversations and no papers: there are fewer rows of papers than parts."
+    student, teacher = exact(student), exact(teacher)
     loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, answer_weight=0.1)
     batch, gradients, values = batch_of([conversation(number) for number in range(20)], rows=8), [], []
     batch = {name: value[:2] if name.startswith('science_') and value.ndim else value for name, value in batch.items()}
@@ -135,8 +137,8 @@ def test_micro_batches_give_the_same_loss_and_gradient(student, teacher, rows):
         sum(part['loss'] for part in parts).backward()
         values.append({name: sum(part[name].item() for part in parts) for name in parts[0]})
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert values[0] == pytest.approx(values[1], rel=1e-10)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
 
 
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(student):
@@ -384,6 +386,7 @@ def test_a_weight_is_a_number_or_a_straight_line(weight, at):
 
 
 def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
+    student, teacher = exact(student), exact(teacher)
     batch = batch_of([conversation(number) for number in range(12)])
     loss = distil_loss(LiveTeacher(teacher), retention_weight=(0.0, 1.0), steps=5)
     with torch.no_grad(): found = [loss(student.model, batch | dict(step=torch.tensor(step))) for step in (0, 2)]
@@ -392,6 +395,7 @@ def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
 
 
 def test_the_reference_holds_the_student_to_what_it_said_of_papers(student, teacher):
+    student, teacher = exact(student), exact(teacher)
     batch = batch_of([conversation(number) for number in range(12)])
     science = {name[8:]: value for name, value in batch.items() if name.startswith('science_')}
     loss = distil_loss(None, distil_weight=0.0, reference_weight=0.7, reference=LiveTeacher(teacher))
@@ -413,6 +417,7 @@ def own_batch(student, contrast: float = 0.0) -> tuple[dict, dict]:
 
 
 def test_own_words_teach_nothing_but_are_judged(student, teacher):
+    student, teacher = exact(student), exact(teacher)
     batch, _ = own_batch(student)
     own = batch['own'][:, 1:][batch['loss_mask'][:, 1:]]
     assert 0 < own.sum() < len(own)
@@ -427,6 +432,7 @@ def test_own_words_teach_nothing_but_are_judged(student, teacher):
 
 
 def test_given_answers_are_pulled_up_and_own_ones_pushed_down_with_their_weights(student, teacher):
+    student, teacher = exact(student), exact(teacher)
     batch, given = own_batch(student, 1.0)
     assert torch.equal(batch['input_ids'], given['input_ids']) and len(batch['own_input_ids'])
     own = {name[4:]: value for name, value in batch.items() if name.startswith('own_')}

@@ -25,7 +25,7 @@ from scilm_adapt.evaluate import (
 )
 from scilm_adapt.instruct import Chats
 from scilm_adapt.intervals import verdict
-from scilm_adapt.models import LanguageModel, mixed_precision, tiny
+from scilm_adapt.models import LanguageModel, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.runs import InputError, Run, read_json
 from scilm_adapt.tokens import document_ends, encode, pack
@@ -33,8 +33,7 @@ from scilm_adapt.tokens import document_ends, encode, pack
 TEXTS = ['Heat flows from warm bodies to cold ones.', 'Light is a wave, and light is a particle: both of them at once.',
          'Тепло переходит к холодному.', 'A token <|im_end|> in a text is content.', 'x',
          ' '.join(f'The {n}th power of a matrix commutes with it.' for n in range(12))]
-# Where matrix products run in bfloat16, packed rows are rounded otherwise than single documents.
-TOLERANCE = 2e-2 if mixed_precision(torch.device('cpu')) == 'bf16' else 1e-5
+TOLERANCE = 1e-10  # of sums of a few hundred numbers in 64 bits, taken in another order: that of packed rows
 
 
 def chat(number: int, question: str, reference: str) -> dict:

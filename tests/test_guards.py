@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from world import exact
 
 from scilm_adapt.decoding import repetition
 from scilm_adapt.divergence import head_of
@@ -66,7 +67,7 @@ def test_an_answer_is_truncated_only_if_nothing_ended_it(able):
 
 @pytest.mark.parametrize('kind', ['forward_kl', 'reverse_kl'])
 def test_measures_are_those_of_a_naive_loop_in_64_bits(able, kind):
-    student, teacher = (replace(lm, model=copy.deepcopy(lm.model).double()) for lm in (model(), able))
+    student, teacher = (exact(lm) for lm in (model(), able))
     seen, values = judged(student, LiveTeacher(teacher), *map(list, zip(*ENCODED)), kind), []
     for ids, mask in ENCODED:
         with torch.no_grad(): q, p = (lm.model(torch.tensor([ids])).logits[0].log_softmax(-1) for lm in (student, teacher))
@@ -74,18 +75,18 @@ def test_measures_are_those_of_a_naive_loop_in_64_bits(able, kind):
         else: one, other = p, q
         values += [(-q[t - 1, ids[t]].item(), -(q[t - 1].exp()*q[t - 1]).sum().item(), (one[t - 1].exp()*(one - other)[t - 1]).sum().item())
                    for t in range(1, len(ids)) if mask[t]]
-    assert np.allclose([seen['surprise'], seen['entropy'], seen['kl']], np.mean(values, 0), rtol=2e-6)
+    assert np.allclose([seen['surprise'], seen['entropy'], seen['kl']], np.mean(values, 0), rtol=1e-10)
 
 
 def test_the_own_kl_is_that_at_the_answers_it_wrote(able):
-    student = model()
+    student, able = exact(model()), exact(able)
     seen, values = look(student, LiveTeacher(able), CHATS, max_new_tokens=12), []
     prompts = [chat_prompt(student, chat['messages'][:1]) for chat in CHATS]
     for prompt, answer in zip(prompts, respond(student, prompts, 12)):
         ids = torch.tensor([prompt + answer.ids])
         with torch.no_grad(): q, p = (lm.model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1) for lm in (student, able))
         values += (q.exp()*(q - p)).sum(-1).tolist()
-    assert math.isclose(seen.own_kl, np.mean(values), rel_tol=1e-4)
+    assert math.isclose(seen.own_kl, np.mean(values), rel_tol=1e-10)
 
 
 def test_a_look_changes_nothing_and_is_the_same_again(able):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from world import exact
 
 from scilm_adapt import preference as module
 from scilm_adapt.models import build, logits_of, tiny
@@ -263,19 +264,21 @@ def test_a_loss_names_what_it_lacks():
 # --- in a batch
 
 def test_log_likelihoods_are_those_of_each_continuation_alone(student, pairs):
+    student = exact(student)
     with torch.no_grad():
         values, tokens = log_likelihoods(student.model, preference_batch(pairs))
         for pair, likely, size in zip(pairs, values.tolist(), tokens.tolist()):
             for ids, found, number in zip((pair.chosen, pair.rejected), likely, size):
                 logits = student.model(torch.tensor([pair.prompt + ids])).logits[0].log_softmax(-1)
                 wanted = sum(logits[len(pair.prompt) + at - 1, i].item() for at, i in enumerate(ids))
-                assert found == pytest.approx(wanted, rel=1e-4) and number == len(ids)
-    assert np.allclose(-pair_nats(student, pairs), values, rtol=1e-4)
+                assert found == pytest.approx(wanted, rel=1e-10) and number == len(ids)
+    assert np.allclose(-pair_nats(student, pairs), values, rtol=1e-10)
 
 
 @pytest.mark.parametrize('kind', PREFERENCES)
 @pytest.mark.parametrize('rows', [1, 4])
 def test_parts_of_a_batch_add_up_in_loss_and_gradient(student, kind, rows):
+    student = exact(student)
     chosen = make_pairs(student, PAPERS, Preference(kind=kind, length=80, corruptions=('paper', 'terms')))[:8]
     batch = preference_batch(chosen) | dict(input_ids=torch.zeros(16, 1))  # more rows of text than pairs: some parts have none
     def gradient(parts):
@@ -284,14 +287,15 @@ def test_parts_of_a_batch_add_up_in_loss_and_gradient(student, kind, rows):
         for loss in losses: loss.backward()  # those of empty parts too
         return sum(losses).item(), torch.cat([p.grad.flatten() for p in student.model.parameters()])
     (whole, wanted), (parts, found) = gradient([batch]), gradient(micro_batches(batch, rows))
-    assert parts == pytest.approx(whole, rel=1e-5) and torch.allclose(found, wanted, atol=1e-5)
+    assert parts == pytest.approx(whole, rel=1e-10) and torch.allclose(found, wanted, atol=1e-10)
     ranks = [part for rank in range(3) for part in micro_batches(batch, rows, rank, 3)]
-    assert sum(preference_part(student.model, part, kind, likelihood=0.5).item() for part in ranks) == pytest.approx(whole, rel=1e-5)
+    assert sum(preference_part(student.model, part, kind, likelihood=0.5).item() for part in ranks) == pytest.approx(whole, rel=1e-10)
     assert sum(len(part['preference_input_ids']) == 0 for part in micro_batches(batch, 1)) == 8
 
 
 def test_portions_of_logits_change_neither_loss_nor_gradient(student):
-    states, targets = torch.randn(11, 32), torch.arange(11)
+    student = exact(student)
+    states, targets = torch.randn(11, 32, dtype=torch.float64), torch.arange(11)
     head, size = student.model.get_output_embeddings().weight, len(student.tokenizer)
     found = []
     for most in (2**25, 3*size, 1):
@@ -299,14 +303,15 @@ def test_portions_of_logits_change_neither_loss_nor_gradient(student):
         nats = token_nats(student.model, leaf, targets, most)
         found.append((nats, *torch.autograd.grad((nats*torch.arange(11)).sum(), (leaf, head))))
     wanted = -logits_of(student.model, states).log_softmax(-1)[torch.arange(11), targets]
-    assert torch.allclose(found[0][0], wanted, atol=1e-5)
-    for other in found[1:]: assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0], other))
+    assert torch.allclose(found[0][0], wanted, atol=1e-12)
+    for other in found[1:]: assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found[0], other))
 
 
 def test_dpo_starts_even_and_carries_no_second_model(student):
+    student = exact(student)
     batch = preference_batch(make_pairs(student, PAPERS, Preference(kind='dpo', length=120)))
     with torch.no_grad():
-        assert preference_part(student.model, batch, 'dpo').item() == pytest.approx(math.log(2), abs=1e-4)
+        assert preference_part(student.model, batch, 'dpo').item() == pytest.approx(math.log(2), abs=1e-6)
         other = build(student.tokenizer, hidden=32, context=160, seed=1)
         assert abs(preference_part(other.model, batch, 'dpo').item() - math.log(2)) > 1e-3
 

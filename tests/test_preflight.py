@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import normalizers
-from world import changed, conversation, sentence
+from world import changed, conversation, exact, sentence
 
 from scilm_adapt.alignment import PLAIN, AlignedTeacher, common_tokens
 from scilm_adapt.generate import chat_prompt, respond, stop_ids
@@ -298,12 +298,13 @@ def test_a_student_that_fails_is_not_asked(student, teacher, monkeypatch):
 # --- is the teacher worth it?
 
 def test_answer_nats_equal_the_definition(student):
+    student = exact(student)
     chats = [conversation(number) for number in range(5)]
     for chat in chats: chat['messages'][1]['content'] = 'What the teacher wrote.'       # the reference counts, not this
     for chat, nats in zip(chats, answer_nats(student, chats, 64)):
         ids, mask = encode_chat(TOKENIZER, [chat['messages'][0], dict(role='assistant', content=chat['reference'])])
         with torch.no_grad(): logprobs = student.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        assert math.isclose(nats, -sum(logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]), rel_tol=1e-3)
+        assert math.isclose(nats, -sum(logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]), rel_tol=1e-10)
 
 
 def test_advantage_is_a_paired_interval(student, teacher, monkeypatch, capsys):
@@ -325,12 +326,13 @@ def test_advantage_is_a_paired_interval(student, teacher, monkeypatch, capsys):
 
 
 def test_a_teacher_with_other_tokens_is_measured_in_bits_per_byte(student, stranger):
+    student, stranger = exact(student), exact(stranger)
     chats = [conversation(number) for number in range(8)]
     result = teacher_advantage(student, stranger, chats)
     sizes = sum(len(chat['reference'].encode()) for chat in chats)
     for role, lm in (('student', student), ('teacher', stranger)):
         alone = sum(answer_nats(lm, [chat])[0] for chat in chats)/math.log(2)/sizes
-        assert math.isclose(result[role], alone, rel_tol=1e-4)
+        assert math.isclose(result[role], alone, rel_tol=1e-10)
         # an untrained model finds every token about equally likely, and learns the end of turn as one more of them
         tokens = sum(sum(encode_chat(lm.tokenizer, chat['messages'])[1]) for chat in chats)
         assert math.isclose(result[role], tokens*math.log2(len(lm.tokenizer))/sizes, rel_tol=0.05)

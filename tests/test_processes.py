@@ -19,12 +19,13 @@ from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokeniz
 from scilm_adapt.training import LossModule, adamw, fit, micro_batches, schedule
 
 torch.set_num_threads(1)
-# Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way.
+# Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way. AdamW divides a
+# gradient by its size plus 1e-8, which in 64 bits is far above rounding; in 32 bits it is plain descent that can be compared.
 CASES = dict(
     even=dict(rows=4, papers=4, micro_batch=None, bits=64, kind='forward_kl'),
     micro_batches=dict(rows=8, papers=4, micro_batch=1, bits=64, kind='jsd'),
     a_row_too_few_and_a_process_without_papers=dict(rows=5, papers=1, micro_batch=2, bits=64, kind='reverse_kl'),
-    in_32_bits=dict(rows=5, papers=3, micro_batch=2, bits=32, kind='forward_kl'),
+    in_32_bits=dict(rows=5, papers=3, micro_batch=2, bits=32, kind='forward_kl', plain=True),
     shared_weights=dict(rows=6, papers=3, micro_batch=2, bits=64, kind='jsd', shared=True),
     shared_weights_of_a_layer=dict(rows=5, papers=3, micro_batch=None, bits=64, kind='forward_kl', shared=True))
 
@@ -45,9 +46,13 @@ def world(rows: int, papers: int, bits: int, kind: str, **_):
     return student, batch_maker(conversations, science, rows, papers, seed=0), loss
 
 
+def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
+
+
 def train(case: dict) -> tuple[list[dict], LanguageModel]:
     student, batch_at, loss = world(**case)
-    return fit(student.model, batch_at, loss, 3, learning_rate=3e-3, micro_batch=case['micro_batch'], precision='no'), student
+    optimizer = dict(optimizers=descent, learning_rate=0.1) if case.get('plain') else dict(learning_rate=3e-3)
+    return fit(student.model, batch_at, loss, 3, micro_batch=case['micro_batch'], precision='no', **optimizer), student
 
 
 def train_shared(case: dict, layers: bool) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -101,16 +106,18 @@ def together(tmp_path_factory) -> Path:
 def test_two_processes_distil_as_one(together, name):
     alone, student = train(CASES[name])
     first, second = (json.loads((together/f'{name}.{rank}.json').read_text()) for rank in (0, 1))
+    # At most 8 rows of 48 numbers are added, each of which is rounded; three steps go as far as their learning rates.
+    sums = 8*48*torch.finfo(getattr(torch, f'float{CASES[name]["bits"]}')).eps
+    near = 3*0.1*sums if CASES[name].get('plain') else 3*3e-3*sums/1e-8
     for one, a, b in zip(alone, first, second, strict=True):
-        assert a['loss'] == b['loss'] and math.isclose(one['loss'], a['loss'], rel_tol=1e-6)
-        assert math.isclose(one['grad_norm'], a['grad_norm'], rel_tol=1e-5)
-        assert all(math.isclose(one[part], a[part], abs_tol=1e-6) for part in ('distil', 'retention', 'answers') if part in a)
+        assert a['loss'] == b['loss'] and math.isclose(one['loss'], a['loss'], rel_tol=sums + near)
+        assert math.isclose(one['grad_norm'], a['grad_norm'], rel_tol=sums + near)
+        assert all(math.isclose(one[part], a[part], rel_tol=sums + near) for part in ('distil', 'retention', 'answers') if part in a)
     assert abs(alone[0]['loss'] - alone[2]['loss']) > 0.01  # something was learnt, or nothing was compared
     weights, others = (load_file(together/f'{name}.{rank}.safetensors') for rank in (0, 1))
     assert all(torch.equal(weights[key], others[key]) for key in weights)
-    # AdamW divides by the gradient's size: where that is nearly zero, the rounding of 32 bits counts
     apart = max((weights[key] - parameter).abs().max().item() for key, parameter in student.model.named_parameters())
-    assert apart < (1e-6 if CASES[name]['bits'] == 64 else 1e-5), apart
+    assert apart < near, apart
 
 
 if __name__ == '__main__': work(Path(sys.argv[1]))

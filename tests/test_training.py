@@ -48,8 +48,16 @@ torch.set_num_threads(1)
 TEXTS = [('Heat flows from warm bodies to cold ones. ', 'Свет — это волна и частица. ')[n % 2]*(1 + n*n % 5) + str(n) for n in range(24)]
 
 
-def model_of(family: str = 'llama', **sizes) -> LanguageModel:
-    return tiny(TEXTS, family, **dict(hidden=32, layers=2, heads=2) | sizes)
+def model_of(family: str = 'llama', bits: int = 32, **sizes) -> LanguageModel:
+    lm = tiny(TEXTS, family, **dict(hidden=32, layers=2, heads=2) | sizes)
+    lm.model.to(getattr(torch, f'float{bits}'))
+    return lm
+
+
+def without_dropout(lm: LanguageModel) -> LanguageModel:
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout): module.p = 0.0
+    return lm
 
 
 def ragged(lm: LanguageModel, length: int = 48):
@@ -70,45 +78,52 @@ def furthest(one, other) -> float:
     return max((a - b).abs().max().item() for a, b in zip(one.parameters(), other.parameters()))
 
 
+def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
+
+
+# What is the same sum in another order is compared in 64 bits. n numbers of size 1 added in two orders lie at most n*2.2e-16 apart, and
+# here at most 16*48 targets are added: 1.7e-13. AdamW divides a gradient by its size plus 1e-8, so where a gradient is nothing but
+# rounding (that of the keys' biases, which the softmax takes out again), a step of 3e-3 may differ by 3e-3*1.7e-13/1e-8 = 5e-8.
+SUMS = 16*48*torch.finfo(torch.float64).eps
+STEPS = 4*3e-3*SUMS/1e-8
+
+
 # --- micro-batches ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 @pytest.mark.parametrize('micro_batch', [1, 4, 5, 16])
 def test_the_size_of_a_micro_batch_changes_nothing(family, micro_batch):
     "1 x 16 = 4 x 4 = 16 x 1, and parts of unequal size: the mistake that most libraries have shipped once."
-    whole, parts = model_of(family), model_of(family)
-    for lm in (whole, parts):
-        for module in lm.model.modules():
-            if isinstance(module, torch.nn.Dropout): module.p = 0.0  # (dropout is drawn per micro-batch)
+    whole, parts = (without_dropout(model_of(family, bits=64)) for _ in range(2))  # (dropout is drawn per micro-batch)
     packed = ragged(whole)
     counts = {int(packed.batch([row])['count']) for row in range(len(packed))}
     assert min(counts)*3 < max(counts)  # the parts are really unequal
     one, other = train(whole, packed), train(parts, packed, micro_batch=micro_batch)
     for a, b in zip(one, other):
-        assert math.isclose(a['loss'], b['loss'], rel_tol=1e-6), (a, b)
-        assert math.isclose(a['grad_norm'], b['grad_norm'], rel_tol=1e-4)
-    assert furthest(whole.model, parts.model) < 1e-5
+        assert math.isclose(a['loss'], b['loss'], rel_tol=STEPS), (a, b)
+        assert math.isclose(a['grad_norm'], b['grad_norm'], rel_tol=STEPS)
+    assert math.isclose(one[0]['loss'], other[0]['loss'], rel_tol=SUMS)  # before AdamW has a part in it
+    assert furthest(whole.model, parts.model) < STEPS
 
 
 @pytest.mark.parametrize('micro_batch', [1, 4, 16])
 def test_losses_of_micro_batches_add_up_to_those_of_the_batch_at_every_step(micro_batch):
-    "With plain gradient descent nothing blows rounding up, and each step's loss agrees to a millionth."
-    def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
-    whole, parts = model_of(), model_of()
+    "With plain gradient descent nothing blows rounding up, and each step's loss agrees up to the order of its sums."
+    whole, parts = model_of(bits=64), model_of(bits=64)
     packed = ragged(whole)
     one = train(whole, packed, optimizers=descent, learning_rate=0.1)
     other = train(parts, packed, optimizers=descent, learning_rate=0.1, micro_batch=micro_batch)
-    assert all(math.isclose(a['loss'], b['loss'], rel_tol=1e-6) for a, b in zip(one, other))
-    assert furthest(whole.model, parts.model) < 1e-6 and one[-1]['loss'] < one[0]['loss']
+    assert all(math.isclose(a['loss'], b['loss'], rel_tol=4*SUMS) for a, b in zip(one, other))
+    assert furthest(whole.model, parts.model) < 4*SUMS and one[-1]['loss'] < one[0]['loss']
 
 
 def test_the_gradient_is_that_of_the_definition():
     "One step of plain descent against autograd over the naive mean of all targets."
-    lm, twin = model_of(), model_of()
+    lm, twin = model_of(bits=64), model_of(bits=64)
     packed = ragged(lm)
     batch = packed.batch(list(range(len(packed))))
     history = fit(lm.model, lambda step: batch, plain_loss, 1, learning_rate=0.1, precision='no', micro_batch=2, clip=1e9,
-                  optimizers=lambda model, learning_rate: [torch.optim.SGD(model.parameters(), lr=learning_rate)])
+                  optimizers=descent)
     nats = []
     for row in range(len(packed)):
         one = packed.batch([row])
@@ -116,10 +131,10 @@ def test_the_gradient_is_that_of_the_definition():
         nats += [-log_probabilities[t - 1, one['input_ids'][0, t]] for t in range(48) if packed.loss_mask[row, t]]
     loss = torch.stack(nats).mean()
     loss.backward()
-    assert math.isclose(history[0]['loss'], loss.item(), rel_tol=1e-6)
+    assert len(nats) < 16*48 and math.isclose(history[0]['loss'], loss.item(), rel_tol=SUMS)
     with torch.no_grad():
         for parameter in twin.model.parameters(): parameter -= 0.1*parameter.grad
-    assert furthest(lm.model, twin.model) < 1e-6
+    assert furthest(lm.model, twin.model) < SUMS
 
 
 @given(st.integers(1, 40), st.none() | st.integers(1, 50), st.integers(1, 4))
@@ -155,7 +170,7 @@ def test_two_processes_train_as_one(tmp_path):
     cases = dict(even=(16, 3), a_row_too_few=(5, 1))
     def work(rank: int) -> None:
         for name, (rows, micro_batch) in cases.items():
-            lm = model_of()
+            lm = model_of(bits=64)
             history = train(lm, ragged(lm), rows=rows, micro_batch=micro_batch)
             if rank == 0: save_file({n: p.detach().clone() for n, p in lm.model.named_parameters()}, tmp_path/f'{name}.safetensors')
             (tmp_path/f'{name}.{rank}').write_text(json.dumps(dict(history=history, hash=weights_hash(lm.model))))
@@ -163,14 +178,14 @@ def test_two_processes_train_as_one(tmp_path):
     for name, (rows, _) in cases.items():
         first, second = (json.loads((tmp_path/f'{name}.{rank}').read_text()) for rank in (0, 1))
         assert first['hash'] == second['hash']  # both hold the same weights
-        lm = model_of()
+        lm = model_of(bits=64)
         history = train(lm, ragged(lm), rows=rows)
         for alone, a, b in zip(history, first['history'], second['history'], strict=True):
-            assert a['loss'] == b['loss'] and math.isclose(alone['loss'], a['loss'], rel_tol=1e-6)
-            assert math.isclose(alone['grad_norm'], a['grad_norm'], rel_tol=1e-5)
+            assert a['loss'] == b['loss'] and math.isclose(alone['loss'], a['loss'], rel_tol=STEPS)
+            assert math.isclose(alone['grad_norm'], a['grad_norm'], rel_tol=STEPS)
         weights = load_file(tmp_path/f'{name}.safetensors')
         apart = max((weights[n] - p).abs().max().item() for n, p in lm.model.named_parameters())
-        assert apart < 1e-5, apart  # AdamW divides by the gradient's size: where it is nearly zero, rounding counts
+        assert apart < STEPS, apart
 
 
 # --- chance -----------------------------------------------------------------------------------------------------------------------
@@ -221,11 +236,11 @@ def test_dropout_of_a_step_does_not_depend_on_the_steps_before():
 def test_the_order_of_rows_does_not_matter():
     histories = []
     for order in (1, -1):
-        lm = model_of()
+        lm = model_of(bits=64)
         packed = ragged(lm)
         rows = list(range(len(packed)))[::order]
         histories.append(fit(lm.model, lambda step, p=packed, r=rows: p.batch(r), plain_loss, 3, learning_rate=3e-3, precision='no'))
-    assert all(math.isclose(a['loss'], b['loss'], rel_tol=1e-5) for a, b in zip(*histories))
+    assert all(math.isclose(a['loss'], b['loss'], rel_tol=STEPS) for a, b in zip(*histories))
 
 
 def test_batches_are_asked_for_in_order_and_once():
@@ -360,11 +375,11 @@ def test_where_not_even_one_row_fits_it_is_said():
 def test_real_memory_that_is_too_small_halves_the_micro_batch(tmp_path):
     def work():
         lm = tiny(TEXTS, hidden=64, layers=2, heads=2, context=512)
-        packed = pack([encode_document(lm.tokenizer, ' '.join(TEXTS))[:256]]*64, 256)
+        packed = pack([encode_document(lm.tokenizer, ' '.join(TEXTS))[:128]]*64, 128)
         options = dict(learning_rate=1e-3, precision='no')
         fit(lm.model, lambda step: packed.batch([0]), plain_loss, 1, **options)
         used = int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, resource.RLIM_INFINITY))
         said = []
         import builtins
         builtins.print = lambda *words, **_: said.append(words[0])
@@ -648,7 +663,7 @@ class Held:
 def test_gradient_checkpointing_changes_memory_and_nothing_else(family, micro_batch):
     histories, models, held = [], [], []
     for on in (False, True):
-        lm = model_of(family, layers=4)
+        lm = model_of(family, bits=64, layers=4)
         packed, keeper = ragged(lm), Held(lm.model)
         def loss(model, batch, keeper=keeper):
             with torch.autograd.graph.saved_tensors_hooks(keeper, lambda tensor: tensor): return plain_loss(model, batch)
@@ -656,7 +671,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(family, micro_ba
                              learning_rate=3e-3, precision='no', micro_batch=micro_batch, gradient_checkpointing=on))
         models.append(lm.model)
         held.append(keeper.bytes)
-    assert all(math.isclose(a['loss'], b['loss'], rel_tol=1e-6) for a, b in zip(*histories)) and furthest(*models) < 1e-6
+    assert all(math.isclose(a['loss'], b['loss'], rel_tol=STEPS) for a, b in zip(*histories)) and furthest(*models) < STEPS
     assert held[1] < 0.6*held[0], held
     assert not any(getattr(module, 'gradient_checkpointing', False) for module in models[1].modules())  # switched off again
 
@@ -671,9 +686,7 @@ def test_gradient_checkpointing_is_refused_where_there_is_none():
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox', 'qwen2'])
 def test_adapters_alone_learn_and_merge_into_a_plain_model(family, tmp_path):
-    lm, twin = model_of(family), model_of(family)
-    for module in lm.model.modules():
-        if isinstance(module, torch.nn.Dropout): module.p = 0.0
+    lm, twin = without_dropout(model_of(family, bits=64)), model_of(family, bits=64)
     packed = ragged(lm)
     batch, before = packed.batch([0, 1, 2]), {name: p.clone() for name, p in lm.model.state_dict().items()}
     with torch.no_grad(): start = hidden_states(lm.model, batch)
@@ -688,9 +701,9 @@ def test_adapters_alone_learn_and_merge_into_a_plain_model(family, tmp_path):
     with torch.no_grad(): learnt = logits_of(adapted, hidden_states(adapted, batch))
     plain = merge()
     assert plain is lm.model and not has_adapters(plain) and all(p.requires_grad for p in plain.parameters())
-    with torch.no_grad(): assert torch.allclose(logits_of(plain, hidden_states(plain, batch)), learnt, atol=1e-5)
+    with torch.no_grad(): assert torch.allclose(logits_of(plain, hidden_states(plain, batch)), learnt, atol=1e-12)
     assert list(plain.state_dict()) == list(twin.model.state_dict())
-    assert weights_hash(load(save(lm, tmp_path/'merged'), 'cpu').model) == weights_hash(plain)
+    assert weights_hash(load(save(lm, tmp_path/'merged'), 'cpu', torch.float64).model) == weights_hash(plain)
     assert not torch.allclose(learnt, logits_of(twin.model, start), atol=1e-3)
 
 
@@ -738,12 +751,12 @@ def naive_nats(lm: LanguageModel, ids: list[int], mask: list[int], length: int) 
 @pytest.mark.parametrize('context', [8, 17, 64, 10_000])
 @pytest.mark.parametrize('marked', [False, True])
 def test_the_surprise_of_documents_is_that_of_a_naive_loop(context, marked):
-    lm = model_of(context=128)
+    lm = model_of(context=128, bits=64)
     documents = [encode_document(lm.tokenizer, text) for text in TEXTS] + [encode_document(lm.tokenizer, ' '.join(TEXTS))]
     assert max(map(len, documents)) > 128
     masks = [[int(n % 3 > 0) for n in range(len(ids))] if marked else [1]*len(ids) for ids in documents]
     nats = document_nats(lm, documents, masks if marked else None, rows=3, context=context)
-    assert np.allclose(nats, [naive_nats(lm, ids, mask, min(context, 128)) for ids, mask in zip(documents, masks)], rtol=1e-4)
+    assert np.allclose(nats, [naive_nats(lm, ids, mask, min(context, 128)) for ids, mask in zip(documents, masks)], rtol=1e-10)
 
 
 def test_documents_with_nothing_to_predict_have_no_surprise():
@@ -753,7 +766,7 @@ def test_documents_with_nothing_to_predict_have_no_surprise():
 
 
 def test_measuring_changes_nothing():
-    lm = model_of()
+    lm = model_of(bits=64)
     before, state = weights_hash(lm.model), torch.random.get_rng_state()
     one, other = (document_nats(lm, [encode_document(lm.tokenizer, text) for text in TEXTS], rows=rows) for rows in (1, 16))
-    assert np.allclose(one, other, rtol=1e-5) and weights_hash(lm.model) == before and torch.equal(state, torch.random.get_rng_state())
+    assert np.allclose(one, other, rtol=1e-10) and weights_hash(lm.model) == before and torch.equal(state, torch.random.get_rng_state())

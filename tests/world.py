@@ -34,13 +34,21 @@ def changed(lm: LanguageModel, **changes) -> LanguageModel:
     return lm
 
 
+def exact(lm: LanguageModel) -> LanguageModel:
+    "A copy in 64 bits. There a sum of n numbers is the same in any order up to n*2.2e-16 of their size, on every processor."
+    return replace(lm, model=copy.deepcopy(lm.model).double())
+
+
 BABBLE = ('Heat flows.', 'Light is a wave and a particle, and both of them at once; which of them depends on the question that one asks.',
           'Sound.', 'Salt dissolves in water, and iron does not.', 'Glass breaks.')
 
 
 def loud(family: str = 'llama', **sizes) -> LanguageModel:
-    "An untrained model that does not repeat a single token: its weights are larger than usual."
-    lm = tiny(BABBLE, family, hidden=32, **sizes)
+    """An untrained model that does not repeat a single token: its weights are larger than usual.
+
+    In 64 bits, or two words that are nearly equally likely change places where a batch of another shape is added up in another order.
+    """
+    lm = exact(tiny(BABBLE, family, hidden=32, **sizes))
     for parameter in lm.model.parameters(): parameter.data *= 4
     return lm
 

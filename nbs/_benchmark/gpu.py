@@ -123,7 +123,7 @@ def measured(shapes: dict, rounds: int, device: str) -> dict:
     teacher = model(shapes['teacher'], shapes['vocabulary'], length, device, torch.bfloat16, 1).eval()
     batch, (optimizer,) = tokens(shapes, device), adamw(student, 0.0)
     count, losses, gone = int(batch['loss_mask'][:, 1:].sum()), ways(student, teacher, batch), {}
-    rate = product_rate(8192 if device == 'cuda' else 512, device)
+    rate = product_rate(8192 if device == 'cuda' else 128, device)
     found = {name: dict(seconds=[], GiB=0.0) for name in losses}
     def step(name: str) -> None:
         with torch.autocast(device, torch.bfloat16): loss = losses[name]()
