@@ -131,7 +131,8 @@ BROKEN = {
     'a quote never closed': ('a.csv', 'id,a\n1,x\n2,"y\n3,z\n4,u\n', [2, 4, 5], [(3, 'broken CSV (unexpected end of data)')]),
     'prose after a broken quote': ('a.csv', 'id,a\n1,"x "y"\nheat, cold\nand, "ice"\n3,z\n', [5],
                                    [(2, 'broken'), (3, 'line 2'), (4, 'line 2')]),
-    'a name twice in the header': ('a.csv', 'id,a,id\n1,x,2\n', [], [(1, "the header names 'id' twice")]),
+    'a name twice in the header': ('a.csv', 'id,a,id\n1,x,2\n', [2], []),
+    'a name twice in the header, and who knows': ('a.csv', 'id,text,text\n1,x,\n2,x,y\n', [2], [(3, "two columns are called 'text', and differ")]),
     'text over lines': ('a.csv', 'id,a\r\n1,"x\r\n\r\ny, ""z"""\r\n\r\n2,u\r\n', [2, 6], []),
     'one line of CSV in another encoding': ('a.csv', b'id,a\n1,x\n' + '2,Теплота\n'.encode('cp1251') + b'3,z\n', [2, 4],
                                             [(3, 'not UTF-8')]),
@@ -285,6 +286,8 @@ GOOD_FILES = {  # the name says the format nowhere but where it must
         dict(title='Method', text='We \\textbf{wait}.'), dict(title='Kettle', text='It boils: \\begin{equation} x=1\\end{equation}')])]),
     'latex without sections': ('a.tex', f'\\title{{T}}\n{ТЕПЛО}', [dict(title='T', text=ТЕПЛО, **EMPTY, sections=[])]),
     'text': ('a', f'О теплоте\n\n{ТЕПЛО}\n\nMore.\n', [dict(title='О теплоте', text=f'{ТЕПЛО}\n\nMore.')]),
+    'spreadsheet': ('a', formats['spreadsheet'].forms[0].example,
+                    [{'UT (Unique WOS ID)': 'WOS:1', 'Article Title': 'On heat', 'Abstract': 'Heat flows.'}]),
     'text without title': ('a.txt', f'# {ТЕПЛО}\n\nMore.\n', [dict(title='', text=f'# {ТЕПЛО}\n\nMore.')]),
 }
 PACKERS = {'': lambda data: data, '.gz': gzip.compress, '.zst': zstandard.compress, '.xz': lzma.compress,
