@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,16 +31,27 @@ from .installed import installed_docs
 from .reading import Refused, Row
 from .runs import InputError, Run, content_hash, file_hash, key_of, progress, read_json, say, stage, staged_folder, write_json
 from .sources import expand, rows
-from .tables import TONGUES, plain_name, text_of, tongue_of, unfolded, usual_fields, value_at
+from .tables import NESTED, TONGUES, plain_name, text_of, tongue_of, unfolded, usual_fields, value_at
 
 # %% ../nbs/10_papers.ipynb #47de50c7
+@lru_cache(256)  # the rows of a file have the same names, a hundred thousand times
+def _first_fields(names: tuple[str, ...]) -> tuple[dict[str, str], list[str], bool]:
+    "(the likeliest name for each field, those that others could stand in for, whether there is no more to find out than if they are empty)."
+    usual = usual_fields(names)
+    found = {field: likely[0] for field, likely in usual.items() if likely}
+    plain = NESTED.isdisjoint(names) and not usual['sections'] and not any(plain_name(name)[1] for name in usual['title'] + usual['text'])
+    return found, [likely[0] for likely in usual.values() if likely[1:]], plain
+
+
 def find_fields(row: dict, given: dict[str, str]) -> dict[str, str]:
     "Record field -> the row's field it is read from: the `given` one, else the likeliest of the usual names that has a value."
-    row = unfolded(row)
-    usual = usual_fields(tuple(row))
-    found = {field: next((name for name in names if row[name]), names[0]) for field, names in usual.items() if names}
-    if 'text' in found: found |= _in_one_language(row, usual, found)
-    if 'sections' in found: found = _text_or_sections(row, usual, found)
+    found, doubtful, plain = _first_fields(tuple(row))
+    if not plain or not all(row[name] for name in doubtful):
+        row = unfolded(row)
+        usual = usual_fields(tuple(row))
+        found = {field: next((name for name in names if row[name]), names[0]) for field, names in usual.items() if names}
+        if 'text' in found: found |= _in_one_language(row, usual, found)
+        if 'sections' in found: found = _text_or_sections(row, usual, found)
     return found | {field: name for field, name in given.items() if name}
 
 
@@ -77,8 +88,9 @@ def words_of(value: object) -> list[str]:
         codes = re.fullmatch(r'[\w-]+\.[\w-]+( [\w-]+(\.[\w-]+)?)*', value.strip())
         value = re.split(r'\s+' if codes else ';' if ';' in value else ',', value)
     if not isinstance(value, (list, tuple)): return []
-    items = [next((item[name] for name in NAMED if item.get(name)), '') if isinstance(item, dict) else item for item in value]
-    return [item.strip() for item in items if isinstance(item, str) and item.strip()]
+    if value and isinstance(value[0], dict):  # {'display_name': 'Heat', 'score': 1}
+        value = [next((item[name] for name in NAMED if item.get(name)), '') for item in value if isinstance(item, dict)]
+    return [item.strip() for item in value if isinstance(item, str) and item.strip()]
 
 
 def sections_of(value: object) -> list[dict]:
@@ -107,12 +119,13 @@ def index_of(text: str) -> dict:
 
 def text_in_row(row: dict, name: str, tongue: str = '') -> str:
     "The text in a row's field, or at a dotted path; ValueError when there is no such field, or no text in it."
+    value = row.get(name)
+    indexed = 'inverted' in name.lower()
+    if type(value) is str and not indexed: return value.strip()
     try: value = value_at(row, name)
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"there is no field '{name}' among {', '.join(map(repr, islice(row, 12)))}") from None
-    try:
-        if isinstance(value, str) and 'inverted' in name.lower() and value.strip(): value = index_of(value)
-        return text_of(value, tongue)
+    try: return text_of(index_of(value) if indexed and isinstance(value, str) and value else value, tongue)
     except ValueError as error: raise ValueError(f"field '{name}' holds {error}, not text") from None
 
 
@@ -122,19 +135,18 @@ def to_record(row: dict, fields: dict[str, str]) -> dict:
     if not {'text', 'sections'} & fields.keys():
         raise ValueError(f"no field with text among {', '.join(map(repr, islice(row, 12)))}; name it with text_field")
     values = {field: row.get(name) for field, name in fields.items()}
-    tongue = TONGUES.get(str(values.get('lang')).lower(), '') or tongue_of(values.get('text'))
+    lang, tldr = (values.get(field) if isinstance(values.get(field), str) else '' for field in ('lang', 'tldr'))
+    tongue = TONGUES.get(lang.lower(), '') or tongue_of(values.get('text'))
     title, text = (text_in_row(row, fields[field], tongue) if field in fields else '' for field in ('title', 'text'))
     if isinstance(values.get('title'), (list, tuple)): title = title.partition('\n\n')[0]  # what follows are translations
     sections = sections_of(values.get('sections'))
     if not text and not sections: raise ValueError(f"field '{fields.get('text') or fields['sections']}' is empty")
-    try: tldr = text_of(values.get('tldr'))
-    except ValueError: tldr = ''
+    if isinstance(values.get('tldr'), dict): tldr = values['tldr'].get('text') or ''  # beside the name of the model that wrote it
     identity = values.get('id')
     if isinstance(identity, list) and identity: identity = identity[0]
     identity = str(identity) if isinstance(identity, (str, int)) and str(identity).strip() else content_hash([title, text])[:16]
-    lang = values.get('lang') if isinstance(values.get('lang'), str) else ''
     record = dict(id=identity, title=title, text=text, lang=lang, topics=words_of(values.get('topics')),
-                  keywords=words_of(values.get('keywords')), tldr=tldr, sections=sections)
+                  keywords=words_of(values.get('keywords')), tldr=str(tldr).strip(), sections=sections)
     try: json.dumps(record, ensure_ascii=False).encode('utf-8')
     except UnicodeEncodeError: raise ValueError('half of a character (a lone surrogate), which is no text') from None
     return record

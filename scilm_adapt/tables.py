@@ -7,11 +7,11 @@ __all__ = ['USUAL', 'ABSTRACTS', 'PLACES', 'WEB_OF_SCIENCE', 'WRAPPERS', 'TONGUE
            'KINDS', 'UNFOLD', 'NESTED', 'LISTS', 'OWN', 'json_values', 'BETWEEN', 'DELIMITERS', 'WORKBOOK_EXAMPLE',
            'PARQUET_EXAMPLE', 'ARROW_EXAMPLE', 'formats', 'plain_name', 'usual_fields', 'from_index', 'joined',
            'of_object', 'no_text', 'text_of', 'tongue_of', 'marked_fields', 'passage_fields', 'inner', 'unfolded',
-           'value_at', 'is_paper', 'is_whole', 'has_papers', 'lists_in', 'papers_in', 'no_repeats', 'json_error',
-           'odd_value', 'read_jsonl', 'Json', 'json_value', 'array_items', 'page_begins', 'page_items', 'object_items',
-           'read_json', 'named', 'header_at', 'header_of', 'columns_of', 'table_fields', 'full_row', 'table_row',
-           'table_rows', 'read_csv', 'is_spreadsheet', 'sheet_rows', 'read_spreadsheet', 'batch_rows', 'read_parquet',
-           'read_arrow', 'is_dataset', 'read_dataset', 'hub_rows', 'is_table', 'json_kind']
+           'value_at', 'is_paper', 'is_whole', 'has_papers', 'by_id', 'lists_in', 'papers_in', 'no_repeats',
+           'json_error', 'odd_value', 'read_jsonl', 'Json', 'json_value', 'array_items', 'page_begins', 'page_items',
+           'object_items', 'read_json', 'named', 'header_at', 'header_of', 'columns_of', 'table_fields', 'full_row',
+           'table_row', 'table_rows', 'read_csv', 'is_spreadsheet', 'sheet_rows', 'read_spreadsheet', 'batch_rows',
+           'read_parquet', 'read_arrow', 'is_dataset', 'read_dataset', 'hub_rows', 'is_table', 'json_kind']
 
 # %% ../nbs/02_tables.ipynb #3c274741
 import base64
@@ -161,16 +161,18 @@ def marked_fields(whole: object) -> dict:
 
 def passage_fields(passages: object) -> dict:
     "Title, abstract and sections of a list of passages ({'infons': {'type'}, 'text'}), as in BioC."
-    found, head = dict(title='', abstract=[], sections=[]), ''
+    title, abstract, sections, head = '', [], [], ''
     for passage in passages if isinstance(passages, list) else []:
         about, text = passage.get('infons') or {}, (passage.get('text') or '').strip()
         kind, room = (str(about.get(name) or '').lower() for name in ('type', 'section_type'))
-        if not found['title'] and (room == 'title' or not room and kind in ('title', 'front')): found['title'] = text
-        elif room == 'abstract' or kind == 'abstract': found['abstract'] += [text] if kind[:5] != 'title' else []
+        if not title and (room == 'title' or not room and kind in ('title', 'front')): title = text
         elif room in ('ref', 'fig', 'table', 'suppl', 'comp_int', 'auth_cont', 'ack_fund', 'abbr', 'title'): pass
-        elif kind.startswith('title'): head = text
-        elif kind == 'paragraph': found['sections'].append(dict(section=head, text=text))
-    return found | dict(abstract='\n\n'.join(found['abstract'])) if found['title'] or found['abstract'] else {}
+        elif 'title' in kind: head = text
+        elif room == 'abstract' or kind == 'abstract':
+            abstract.append(f'{head}: {text}' if head and plain_name(head)[0] not in ABSTRACTS else text)
+            head = ''
+        elif kind == 'paragraph': sections.append(dict(section=head, text=text))
+    return dict(title=title, abstract='\n\n'.join(abstract), sections=sections) if title or abstract else {}
 
 
 UNFOLD = dict(content=marked_fields, body=marked_fields, passages=passage_fields)
@@ -213,16 +215,16 @@ OWN = frozenset('''sections body_text body abstract references bib_entries ref_e
     concepts topics mesh authorships relations'''.split())  # lists that a paper has itself
 
 
-def is_paper(value: object, names: Iterable[str] | None = None) -> bool:
-    "Whether an object with such `names` (None = its own) has a field for an abstract or sections, and one for a title or an id."
-    if not isinstance(value, dict): return False
-    usual = usual_fields(tuple(names or unfolded(value)))
+def is_paper(value: object) -> bool:
+    "Whether a value is an object with a field for a text or sections, and one for a title or an id."
+    usual = usual_fields(tuple(unfolded(value) if isinstance(value, dict) else ()))
     return bool((usual['text'] or usual['sections']) and (usual['title'] or usual['id']))
 
 
-def is_whole(names: Iterable[str]) -> bool:
+@lru_cache(1024)
+def is_whole(names: tuple[str, ...]) -> bool:
     "Whether an object with these names is a paper beyond doubt: it has an abstract or body, and a title."
-    usual = usual_fields(tuple(names))
+    usual = usual_fields(names)
     return bool(usual['title'] and (usual['sections'] or any(plain_name(name)[0] in ABSTRACTS for name in usual['text'])))
 
 
@@ -232,22 +234,26 @@ def has_papers(name: str, first: object) -> bool:
     return isinstance(first, dict) and plain not in OWN and (plain in LISTS or is_paper(first))
 
 
+def by_id(value: dict) -> list[dict]:
+    "The papers that an object has under their ids; [] if there is anything else in it."
+    return [dict(id=name) | item for name, item in value.items()] if value and all(map(is_paper, value.values())) else []
+
+
 def lists_in(value: dict, depth: int = 0) -> Iterator[tuple[str, list]]:
     "(name, list) for each list of records in an object, however deep."
     for name, inside in value.items():
         if isinstance(inside, list) and any(has_papers(name, item) for item in inside): yield name, inside
+        elif isinstance(inside, dict) and plain_name(name)[0] in LISTS and (papers := by_id(inside)): yield name, papers
         elif isinstance(inside, dict) and depth < 5 and plain_name(name)[0] not in OWN: yield from lists_in(inside, depth + 1)
 
 
 def papers_in(value: object) -> list:
     "The records in a JSON value: itself, the items of the lists of records in it, or the objects it has under their ids."
-    if not isinstance(value, dict) or is_whole(value) or is_whole(unfolded(value)): return [value]
+    if not isinstance(value, dict) or is_whole(tuple(value)) or is_whole(tuple(unfolded(value))): return [value]
     lists, own = list(lists_in(value)), is_paper(value)
     if lists and not (own and not any(is_paper(item) for _, items in lists for item in items)):
         return [paper for _, items in lists for item in items for paper in papers_in(item)]
-    if not own and value and all(is_paper(item) for item in value.values()):
-        return [dict(id=name) | item if len(value) > 1 else item for name, item in value.items()]
-    return [value]
+    return [value] if own else by_id(value) or [value]
 
 # %% ../nbs/02_tables.ipynb #6a2f67ea
 def no_repeats(pairs: list[tuple]) -> dict:
@@ -284,10 +290,10 @@ def read_jsonl(source: Opened) -> Iterator[Row | Refused]:
             except json.JSONDecodeError as error: reason = f'not JSON ({json_error(error)} at character {error.pos + 1}); mend or delete it'
             except ValueError as error: reason = str(error)
             except RecursionError: reason = 'nested too deeply for a record'
-        if reason: yield Refused(source.name, number, reason, shown(text)); continue
-        for paper in papers_in(value):
-            odd = odd_value(paper, '')
-            yield Refused(source.name, number, odd, shown(str(paper))) if odd else Row(source.name, number, paper)
+        if not reason and is_whole(tuple(value)): yield Row(source.name, number, value); continue
+        if not reason: found = [(paper, odd_value(paper, ''), text) for paper in papers_in(value)]
+        else: found = page_items(Json(text)) if text[:1] == '{' and page_begins(text, 1) else [(None, reason, text)]
+        for paper, odd, raw in found: yield Refused(source.name, number, odd, shown(raw)) if odd else Row(source.name, number, paper)
 
 # %% ../nbs/02_tables.ipynb #33ac112b
 BETWEEN = re.compile(r'[\s,:]*')
@@ -318,7 +324,7 @@ class Json:
         while True:
             value, end, reason, cut = json_value(self.text, self.place) if self.sign() else (None, 0, '', True)
             if not cut or not self.more(): break
-        if cut and not end and self.ended: reason = f'cut off after record {self.source.number}: the JSON ends too early'
+        if cut and not end and self.ended: reason = 'cut off: the JSON ends too early'
         elif cut and not end: reason = f'a record of more than {LARGEST:,} bytes; what follows was not read'
         return value, end, reason
 
@@ -356,12 +362,12 @@ def array_items(text: Json, wanted: Callable[[object], bool] = bool) -> Iterator
     text.place += 1
 
 
-def page_begins(start: str) -> bool:
-    "Whether the beginning of an object shows that it is a page: two records stand in it."
-    return len(list(islice((True for _, reason, _ in page_items(Json(start)) if not reason), 2))) == 2
+def page_begins(start: str, enough: int = 2) -> bool:
+    "Whether the beginning of an object shows that it is a page: so many records stand in it."
+    return sum(islice((1 for _, reason, _ in page_items(Json(start)) if not reason), enough)) == enough
 
 
-def page_items(text: Json) -> Iterator[tuple[object, str, str]]:
+def page_items(text: Json, within: str = '') -> Iterator[tuple[object, str, str]]:
     "Like `array_items`, for the object at hand: what is in its lists of records, or stands under an id, wherever that is."
     text.place += 1
     names = []
@@ -371,8 +377,8 @@ def page_items(text: Json) -> Iterator[tuple[object, str, str]]:
         text.place = end
         names.append(name)
         own = plain_name(name)[0] in OWN
-        if (sign := text.sign()) == '[': yield from array_items(text, lambda first: not is_whole(names) and has_papers(names[-1], first))
-        elif sign == '{' and not own: yield from object_items(text, name)
+        if (sign := text.sign()) == '[': yield from array_items(text, lambda first: not is_whole(tuple(names)) and has_papers(names[-1], first))
+        elif sign == '{' and not own: yield from object_items(text, name, within)
         else:
             _, end, reason = text.value()
             if not end: yield text.refuse(reason)
@@ -381,15 +387,17 @@ def page_items(text: Json) -> Iterator[tuple[object, str, str]]:
     text.place += 1
 
 
-def object_items(text: Json, name: str = '') -> Iterator[tuple[object, str, str]]:
-    "Like `array_items`, for the object at hand: it is a record or a page; below `name` in a page it may also be neither."
+def object_items(text: Json, name: str = '', within: str = '') -> Iterator[tuple[object, str, str]]:
+    "Like `array_items`, for the object at hand: it is a record or a page; as the part `name` of what is called `within` it may also be neither."
     cut = json_value(text.text, text.place)[3]
     value, end, reason = (None, 0, '') if cut and page_begins(text.text[text.place:]) else text.value()
     if end and not reason:
-        text.place, found = end, papers_in(value)
-        if name and found == [value]: found = [dict(id=name) | value] if is_whole(value) and name not in WRAPPERS else []
+        text.place, found = end, papers_in(value) if not name else [paper for _, papers in lists_in({name: value}) for item in papers
+                                                                    for paper in papers_in(item)]
+        if name and not found and is_whole(tuple(value)) and name not in WRAPPERS and (not within or plain_name(within)[0] in LISTS):
+            found = [dict(id=name) | value]  # under its id
         yield from ((paper, odd_value(paper, ''), '') for paper in found)
-    elif name or not reason or any(not why for _, why, _ in page_items(Json(text.text[text.place:]))): yield from page_items(text)
+    elif name or not reason or page_begins(text.text[text.place:], 1): yield from page_items(text, name)
     elif end: yield None, reason, shown(text.text[text.place:end]); text.place = end
     else: yield text.refuse(reason)
 
@@ -403,6 +411,7 @@ def read_json(source: Opened) -> Iterator[Row | Refused]:
         else: found = [text.refuse('neither an object nor an array; what follows was not read')]
         for value, reason, raw in found:
             source.number += 1
+            reason = reason.replace('cut off:', f'cut off after record {source.number - 1}:', 1)
             yield Refused(source.name, source.number, reason, raw) if reason else Row(source.name, source.number, value)
         if array: break
     if array and not text.broken and text.sign():
@@ -420,13 +429,20 @@ def named(header: list) -> int:
     return sum(bool(found) for found in usual.values()) if usual['title'] or usual['text'] else 0
 
 
-def header_at(lines: list[list]) -> int | None:
-    "Which of a table's first lines is its header: one that names fields, has as many as the next, and more than those before; None if none."
-    filled = [sum(bool(str(cell).strip()) for cell in line) for line in lines]
-    for at, line in enumerate(lines[:30]):
-        wide = next((len(after) for after, count in zip(lines[at + 1:], filled[at + 1:]) if count), len(line))
-        if named(line) > (at > 0) and all(count < filled[at] for count in filled[:at]) and (not at or abs(wide - len(line)) <= 1): return at
-    return None
+def header_at(table: list[list]) -> int | None:
+    "Which of a table's first lines is its header: the one that names most fields, and has as many as the next line; None if none does."
+    best = max(range(len(table[:30])), key=lambda at: (named(table[at]), -at), default=0)
+    after = next((line for line in table[best + 1:] if any(str(cell).strip() for cell in line)), [])
+    fits = best == 0 or named(table[best]) > 1 and abs(len(after) - len(table[best])) <= 1
+    return best if table and named(table[best]) and fits else None
+
+
+def _csv_lines(taken: list[str], delimiter: str) -> list[list[str]]:
+    "The first forty of these lines, in fields; fewer if one is broken."
+    found = []
+    try: found.extend(islice(csv.reader(taken, delimiter=delimiter), 40))
+    except csv.Error: pass
+    return found
 
 
 def header_of(text: str) -> tuple[int, str, int]:
@@ -435,11 +451,13 @@ def header_of(text: str) -> tuple[int, str, int]:
     number = text[:first.start(2)].count('\n') + 1
     best = (0, number, first[1] or max(DELIMITERS, key=re.sub('"[^"]*"', '', first[2]).count))
     for delimiter in first[1] or DELIMITERS:
-        table, lines, numbers = csv.reader(text[first.start(2):].split('\n'), delimiter=delimiter), [], []
-        try:
-            while len(lines) < 40: numbers.append(number + table.line_num); lines.append(next(table))
-        except (csv.Error, StopIteration): pass
-        if (at := header_at(lines)) is not None and (found := named(lines[at])) > best[0] : best = (found, numbers[at], delimiter)
+        taken = text[first.start(2):].split('\n')
+        table = _csv_lines(taken, delimiter)
+        at = header_at(table)
+        if at is not None and (found := named(table[at])) > best[0]:
+            before = csv.reader(taken, delimiter=delimiter)
+            for _ in range(at): next(before)
+            best = (found, number + before.line_num, delimiter)
     return best[1], best[2], best[0]
 
 # %% ../nbs/02_tables.ipynb #29482e24
@@ -550,7 +568,7 @@ def read_spreadsheet(source: Opened) -> Iterator[Row | Refused]:
     import pandas
     try: sheets = pandas.read_excel(io.BytesIO(source.stream.read()), sheet_name=None, header=None, na_filter=False, engine='calamine')
     except ImportError: reason = "a spreadsheet; pip install 'scilm_adapt[spreadsheets]' and it can be read, or save it as CSV"
-    except Exception as error: reason = f'a spreadsheet that cannot be opened ({" ".join(str(error).split())[:120]}); save it as CSV'
+    except Exception as error: reason = f'a spreadsheet that cannot be opened ({" ".join(str(error).split())[:120]}); get it again, or save it as CSV'
     else:
         plain = lambda cell: cell if isinstance(cell, (str, int, float)) else str(cell)
         tables = [[[plain(cell) for cell in cells] for cells in sheet.itertuples(index=False)] for sheet in sheets.values()]
@@ -621,10 +639,12 @@ def hub_rows(name: str) -> Iterator[Row]:
 
 # %% ../nbs/02_tables.ipynb #cb11f36c
 def is_table(text: str) -> bool:
-    "Whether a text begins like a table of papers: two fields of a record are named, or one and the delimiter is a tab."
-    at, delimiter, named = header_of(text)
-    header = next(csv.reader(text.split('\n')[at - 1:at], delimiter=delimiter), []) if named else []
-    return len(header) > 1 and named > (delimiter != '\t') and all(len(name) <= 60 for name in header)
+    "Whether a text begins like a table of papers: two fields of a record are named (or one, and the delimiter is a tab), and rows follow."
+    at, delimiter, known = header_of(text)
+    lines = [line for line in _csv_lines(text.split('\n')[at - 1:], delimiter) if any(line)] if known else []
+    wide = len(lines[0]) if lines else 0
+    fits = not lines[1:] or any(abs(len(line) - wide) <= 1 for line in lines[1:])
+    return wide > 1 and known > (delimiter != '\t') and fits and all(len(name) <= 60 for name in lines[0])
 
 
 def json_kind(text: str) -> str:
