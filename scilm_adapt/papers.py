@@ -36,7 +36,7 @@ from .tables import NESTED, TONGUES, plain_name, text_of, tongue_of, unfolded, u
 # %% ../nbs/10_papers.ipynb #47de50c7
 @lru_cache(256)  # the rows of a file have the same names, a hundred thousand times
 def _first_fields(names: tuple[str, ...]) -> tuple[dict[str, str], list[str], bool]:
-    "(the likeliest name for each field, those that others could stand in for, whether there is no more to find out than if they are empty)."
+    "(the likeliest name for each field, those that others could stand in for, whether only their being empty matters)."
     usual = usual_fields(names)
     found = {field: likely[0] for field, likely in usual.items() if likely}
     plain = NESTED.isdisjoint(names) and not usual['sections'] and not any(plain_name(name)[1] for name in usual['title'] + usual['text'])
@@ -182,7 +182,8 @@ def refused(entry: Row | Refused, given: dict[str, str]) -> dict | Refused:
 
 def without_titles(files: list[str]) -> str:
     "The sentence that no record in these files has a title, and the way out."
-    return f"no record of {files[0]}{f' and {len(files) - 1:,} other files' if files[1:] else ''} has a title; name the field with title_field"
+    more = f' and {len(files) - 1:,} other files' if files[1:] else ''
+    return f"no record of {files[0]}{more} has a title; name the field with title_field"
 
 
 def read(source: str, title_field: str = '', text_field: str = '', limit: int | None = None, encoding: str = 'utf-8',

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'ABSTRACTS', 'PLACES', 'WEB_OF_SCIENCE', 'WRAPPERS', 'TONGUES', 'TONGUE', 'SAYING', 'LABELS', 'PARTS',
-           'KINDS', 'UNFOLD', 'NESTED', 'LISTS', 'OWN', 'json_values', 'BETWEEN', 'DELIMITERS', 'WORKBOOK_EXAMPLE',
-           'PARQUET_EXAMPLE', 'ARROW_EXAMPLE', 'formats', 'plain_name', 'usual_fields', 'from_index', 'joined',
-           'of_object', 'no_text', 'text_of', 'tongue_of', 'marked_fields', 'passage_fields', 'inner', 'unfolded',
-           'value_at', 'is_paper', 'is_whole', 'has_papers', 'by_id', 'lists_in', 'papers_in', 'no_repeats',
-           'json_error', 'odd_value', 'read_jsonl', 'Json', 'json_value', 'array_items', 'page_begins', 'page_items',
-           'object_items', 'read_json', 'named', 'header_at', 'header_of', 'columns_of', 'table_fields', 'full_row',
-           'table_row', 'table_rows', 'read_csv', 'is_spreadsheet', 'sheet_rows', 'read_spreadsheet', 'batch_rows',
-           'read_parquet', 'read_arrow', 'is_dataset', 'read_dataset', 'hub_rows', 'is_table', 'json_kind']
+           'KINDS', 'UNFOLD', 'NESTED', 'LISTS', 'OWN', 'QUESTIONS', 'json_values', 'BETWEEN', 'DELIMITERS',
+           'WORKBOOK_EXAMPLE', 'PARQUET_EXAMPLE', 'ARROW_EXAMPLE', 'formats', 'plain_name', 'usual_fields',
+           'from_index', 'joined', 'of_object', 'no_text', 'text_of', 'tongue_of', 'marked_fields', 'passage_fields',
+           'inner', 'unfolded', 'value_at', 'is_paper', 'is_whole', 'has_papers', 'by_id', 'lists_in', 'papers_in',
+           'no_repeats', 'json_error', 'odd_value', 'read_jsonl', 'Json', 'json_value', 'array_items', 'page_begins',
+           'page_items', 'object_items', 'read_json', 'named', 'header_at', 'header_of', 'columns_of', 'table_fields',
+           'full_row', 'table_row', 'table_rows', 'read_csv', 'is_spreadsheet', 'sheet_rows', 'read_spreadsheet',
+           'batch_rows', 'read_parquet', 'read_arrow', 'is_dataset', 'read_dataset', 'hub_rows', 'is_table',
+           'json_kind']
 
 # %% ../nbs/02_tables.ipynb #3c274741
 import base64
@@ -33,14 +34,15 @@ from .runs import InputError
 # %% ../nbs/02_tables.ipynb #7a2be98a
 # The usual names of each field of a record in their plain form, the likeliest first.
 USUAL = {field: tuple(names.split()) for field, names in dict(
-    id='''id paper_id arxiv_id pmid pmcid doi corpusid corpus_id uid ut unique_wos_id ut_unique_wos_id lens_id eid publication_id openalex_id
-          eric_number article_number accession_number bibcode hal_id_s store_id identifier identifier_uri key uri''',
+    id='''id paper_id arxiv_id pmid pmcid doi corpusid corpus_id uid ut unique_wos_id ut_unique_wos_id lens_id eid publication_id
+          openalex_id eric_number article_number accession_number bibcode hal_id_s store_id identifier identifier_uri key uri''',
     title='''title paper_title article_title document_title title_primary primary_title item_title work_title main_title title_display
-             title_s title_text titles display_name original_title title_original название заголовок заглавие название_публикации
-             название_статьи название_документа название_работы наименование title_题名 题名 篇名 标题''',
-    text='''abstract abstract_text abstract_note abstract_body abstract_content abstract_s article_abstract paper_abstract description_abstract
-            abstracts abstract_inverted_index indexed_abstract inverted_abstract аннотация реферат резюме абстракт аннотация_статьи
-            summary_摘要 abstract_摘要 摘要 text summary content content_text body текст description descriptions body_text full_text fulltext''',
+             title_s title_text titles display_name original_title title_original название заголовок заглавие
+             название_публикации название_статьи название_документа название_работы наименование title_题名 题名 篇名 标题''',
+    text='''abstract abstract_text abstract_note abstract_body abstract_content abstract_s article_abstract paper_abstract
+            description_abstract abstracts abstract_inverted_index indexed_abstract inverted_abstract аннотация реферат резюме абстракт
+            аннотация_статьи summary_摘要 abstract_摘要 摘要 text summary content content_text body текст description descriptions
+            body_text full_text fulltext''',
     lang='lang language language_of_original_document язык',
     topics='''topics categories subjects fields_of_study fieldsofstudy field_of_study mesh_terms mesh research_areas wos_categories
               web_of_science_categories''',
@@ -64,7 +66,7 @@ TONGUE = re.compile(r'(?:_in|_на)?_(?P<last>{0})(?:_(?:us|gb|ru|language|яз�
 
 @lru_cache(4096)
 def plain_name(name: str) -> tuple[str, str, int]:
-    "(plain form, language, depth) of a field's name: ('abstract', 'en', 1) for 'paper.Abstract (English)'; '' for what is not the record's."
+    "(plain form, language, depth) of a field's name: ('abstract', 'en', 1) for 'paper.Abstract (English)'; '' for others' fields."
     *outer, last = name.strip('\ufeff .:').split('.')
     if any(wrapper not in WRAPPERS and wrapper.lower() not in WRAPPERS for wrapper in outer): return '', '', 0
     words = re.sub(r'(?<=[a-zа-яё\d])(?=[A-ZА-ЯЁ])', '_', re.sub(r'^(dc|dcterms|schema|citation)[:_]', '', last))
@@ -84,8 +86,8 @@ def usual_fields(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {field: tuple(name for *_, name in sorted(ranked)) for field, ranked in found.items()}
 
 # %% ../nbs/02_tables.ipynb #dc7524b3
-SAYING = ('value', '#text', '$t', '$', '_', '__text', 'text', 'AbstractText', 'InvertedIndex', 'paragraphs', 'paragraph', 'p', 'content', 'body',
-          'sections', 'abstract', 'description', 'title')   # where an object has its text
+SAYING = ('value', '#text', '$t', '$', '_', '__text', 'text', 'AbstractText', 'InvertedIndex', 'paragraphs', 'paragraph', 'p', 'content',
+          'body', 'sections', 'abstract', 'description', 'title')   # where an object has its text
 LABELS = ('label', '@Label', 'Label', 'heading')
 PARTS = set('''background introduction aim aims objective objectives purpose context importance method methods design setting participants
                patients results result findings discussion conclusion conclusions interpretation significance limitations'''.split())
@@ -98,7 +100,8 @@ def from_index(index: dict[str, list[int]]) -> str:
 
 def joined(values: list, tongue: str) -> str:
     "A list's passages as paragraphs; of versions that name a language, source or type the abstract in `tongue`, else the first."
-    kinds = [{str(key).lower(): kind for key, kind in value.items() if isinstance(kind, str)} if isinstance(value, dict) else {} for value in values]
+    objects = [value if isinstance(value, dict) else {} for value in values]
+    kinds = [{str(key).lower(): kind for key, kind in value.items() if isinstance(kind, str)} for value in objects]
     typed = [next((kind for key, kind in found.items() if key.endswith('type')), '') for found in kinds]
     if any(typed) and not any(key in found for found in kinds for key in ('section', 'label', '@label')):
         values = [v for v, kind in zip(values, typed) if kind.lower() == 'abstract'] or [v for v, kind in zip(values, typed) if not kind]
@@ -115,7 +118,8 @@ def of_object(value: dict, tongue: str) -> str:
     if all(isinstance(places, list) and all(type(place) is int for place in places) for places in value.values() if places is not None):
         return from_index(value)
     if (part := next((name for name in SAYING if value.get(name)), '')):
-        label, text = next((value[name] for name in LABELS if isinstance(value.get(name), str)), '').strip(' :.'), text_of(value[part], tongue)
+        label = next((value[name] for name in LABELS if isinstance(value.get(name), str)), '').strip(' :.')
+        text = text_of(value[part], tongue)
         return f'{label}: {text}' if label and text and label.lower() not in ABSTRACTS else text
     names = {str(name).lower()[:2] if re.fullmatch(r'\w\w([-_]\w+)?', str(name)) else str(name).lower(): name for name in value}
     if {*names} <= {*TONGUES}: return text_of(value[names.get(tongue) or next(name for name in value if value[name])], tongue)
@@ -208,11 +212,13 @@ def value_at(row: dict | list, name: str) -> object:
     return value_at(value, rest) if rest else value
 
 # %% ../nbs/02_tables.ipynb #5851ae5e
-LISTS = frozenset('''papers records record articles article documents document docs items item data results result entries entry works work rows
-    hits hit collection publications publication response list feed edges nodes value values search_results PubmedArticle'''.lower().split())
+LISTS = frozenset('''papers records record articles article documents document docs items item data results result entries entry works work
+    rows hits hit collection publications publication response list feed edges nodes value values search_results
+    pubmed_article pubmedarticle'''.split())
 OWN = frozenset('''sections body_text body abstract references bib_entries ref_entries citations authors author passages figures tables
     annotations keywords subjects affiliations paragraphs subsections titles descriptions abstracts contributors creators related_works
     concepts topics mesh authorships relations'''.split())  # lists that a paper has itself
+QUESTIONS = frozenset('question prompt instruction instructions answer answers'.split())
 
 
 def is_paper(value: object) -> bool:
@@ -228,10 +234,12 @@ def is_whole(names: tuple[str, ...]) -> bool:
     return bool(usual['title'] and (usual['sections'] or any(plain_name(name)[0] in ABSTRACTS for name in usual['text'])))
 
 
-def has_papers(name: str, first: object) -> bool:
-    "Whether a list called `name` is one of records, by its first item."
-    plain = plain_name(name.rpartition('.')[2])[0]
-    return isinstance(first, dict) and plain not in OWN and (plain in LISTS or is_paper(first))
+def has_papers(name: str, item: object, sure: bool = False) -> bool:
+    "Whether a list called `name` is one of records, by an `item` of it; if `sure`, only because that is a paper beyond doubt."
+    plain = plain_name(name)[0]
+    if not isinstance(item, dict) or plain in OWN: return False
+    names = tuple(unfolded(item))
+    return is_whole(names) or not sure and (plain in LISTS or is_paper(item) and bool(usual_fields(names)['title']))
 
 
 def by_id(value: dict) -> list[dict]:
@@ -239,21 +247,25 @@ def by_id(value: dict) -> list[dict]:
     return [dict(id=name) | item for name, item in value.items()] if value and all(map(is_paper, value.values())) else []
 
 
-def lists_in(value: dict, depth: int = 0) -> Iterator[tuple[str, list]]:
+def lists_in(value: dict, sure: bool = False, depth: int = 0) -> Iterator[tuple[str, list]]:
     "(name, list) for each list of records in an object, however deep."
     for name, inside in value.items():
-        if isinstance(inside, list) and any(has_papers(name, item) for item in inside): yield name, inside
+        if isinstance(inside, list) and any(has_papers(name, item, sure) for item in inside): yield name, inside
         elif isinstance(inside, dict) and plain_name(name)[0] in LISTS and (papers := by_id(inside)): yield name, papers
-        elif isinstance(inside, dict) and depth < 5 and plain_name(name)[0] not in OWN: yield from lists_in(inside, depth + 1)
+        elif isinstance(inside, dict) and depth < 5 and plain_name(name)[0] not in OWN: yield from lists_in(inside, sure, depth + 1)
 
 
-def papers_in(value: object) -> list:
-    "The records in a JSON value: itself, the items of the lists of records in it, or the objects it has under their ids."
+def papers_in(value: object, sure: bool = True) -> list:
+    """The records in a JSON value: itself, the items of the lists of records in it, or the objects it has under their ids.
+
+    What is a record by its place, a line or an item, is taken for a page only if that is `sure`: a question may have documents, too.
+    """
     if not isinstance(value, dict) or is_whole(tuple(value)) or is_whole(tuple(unfolded(value))): return [value]
-    lists, own = list(lists_in(value)), is_paper(value)
+    lists, own = list(lists_in(value, sure)) if QUESTIONS.isdisjoint(value) else [], is_paper(value)
     if lists and not (own and not any(is_paper(item) for _, items in lists for item in items)):
         return [paper for _, items in lists for item in items for paper in papers_in(item)]
-    return [value] if own else by_id(value) or [value]
+    papers = [] if own else by_id(value)
+    return papers if papers and (not sure or all(is_whole(tuple(unfolded(paper))) for paper in papers)) else [value]
 
 # %% ../nbs/02_tables.ipynb #6a2f67ea
 def no_repeats(pairs: list[tuple]) -> dict:
@@ -283,7 +295,9 @@ def odd_value(value: object, text: str) -> str:
 
 def read_jsonl(source: Opened) -> Iterator[Row | Refused]:
     "JSON Lines: a row per line, or as many as there are papers in it."
-    for number, text, reason in lines(source):
+    alone = b'\n' not in source.start.rstrip()  # one line is all there is: it may as well be a page
+    for number, text, trouble in lines(source):
+        reason = trouble
         if not reason:
             if text.isspace(): continue
             try: reason = odd_value(value := json_values.decode(text.rstrip('\n')), text)
@@ -291,8 +305,8 @@ def read_jsonl(source: Opened) -> Iterator[Row | Refused]:
             except ValueError as error: reason = str(error)
             except RecursionError: reason = 'nested too deeply for a record'
         if not reason and is_whole(tuple(value)): yield Row(source.name, number, value); continue
-        if not reason: found = [(paper, odd_value(paper, ''), text) for paper in papers_in(value)]
-        else: found = page_items(Json(text)) if text[:1] == '{' and page_begins(text, 1) else [(None, reason, text)]
+        if not reason: found = [(paper, odd_value(paper, ''), text) for paper in papers_in(value, not alone)]
+        else: found = page_items(Json(text)) if not trouble and text[:1] == '{' and page_begins(text, 1) else [(None, reason, text)]
         for paper, odd, raw in found: yield Refused(source.name, number, odd, shown(raw)) if odd else Row(source.name, number, paper)
 
 # %% ../nbs/02_tables.ipynb #33ac112b
@@ -300,10 +314,9 @@ BETWEEN = re.compile(r'[\s,:]*')
 
 
 class Json:
-    "The JSON text of a file, read piece by piece: what was read is forgotten; `broken` once it cannot go on."
+    "The JSON text of a file (or text), read piece by piece: what was read is forgotten; `broken` once it cannot go on."
     def __init__(self, source: Opened | str):
-        if isinstance(source, str): source = Opened('', io.BytesIO(source.encode('utf-8', 'surrogatepass')), b'')
-        self.source, self.stream = source, io.TextIOWrapper(source.stream, source.encoding, newline='\n')
+        self.stream = io.StringIO(source) if isinstance(source, str) else io.TextIOWrapper(source.stream, source.encoding, newline='\n')
         self.text, self.place, self.ended, self.broken = self.stream.read(SAMPLE), 0, False, False
 
     def more(self) -> bool:
@@ -367,7 +380,7 @@ def page_begins(start: str, enough: int = 2) -> bool:
     return sum(islice((1 for _, reason, _ in page_items(Json(start)) if not reason), enough)) == enough
 
 
-def page_items(text: Json, within: str = '') -> Iterator[tuple[object, str, str]]:
+def page_items(text: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[object, str, str]]:
     "Like `array_items`, for the object at hand: what is in its lists of records, or stands under an id, wherever that is."
     text.place += 1
     names = []
@@ -376,9 +389,9 @@ def page_items(text: Json, within: str = '') -> Iterator[tuple[object, str, str]
         if not end or not isinstance(name, str): yield text.refuse(reason); return
         text.place = end
         names.append(name)
-        own = plain_name(name)[0] in OWN
-        if (sign := text.sign()) == '[': yield from array_items(text, lambda first: not is_whole(tuple(names)) and has_papers(names[-1], first))
-        elif sign == '{' and not own: yield from object_items(text, name, within)
+        if (sign := text.sign()) == '[':
+            yield from array_items(text, lambda first: not is_whole(tuple(names)) and has_papers(names[-1], first))
+        elif sign == '{' and plain_name(name)[0] not in OWN and len(path) < 8: yield from object_items(text, (*path, name))
         else:
             _, end, reason = text.value()
             if not end: yield text.refuse(reason)
@@ -387,17 +400,19 @@ def page_items(text: Json, within: str = '') -> Iterator[tuple[object, str, str]
     text.place += 1
 
 
-def object_items(text: Json, name: str = '', within: str = '') -> Iterator[tuple[object, str, str]]:
-    "Like `array_items`, for the object at hand: it is a record or a page; as the part `name` of what is called `within` it may also be neither."
+def object_items(text: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[object, str, str]]:
+    "Like `array_items`, for the object at hand: it is a record or a page; further in, at a `path` of names, it may be neither."
+    name, within = (('', '') + path)[:-3:-1]
     cut = json_value(text.text, text.place)[3]
     value, end, reason = (None, 0, '') if cut and page_begins(text.text[text.place:]) else text.value()
     if end and not reason:
-        text.place, found = end, papers_in(value) if not name else [paper for _, papers in lists_in({name: value}) for item in papers
-                                                                    for paper in papers_in(item)]
+        text.place = end
+        if not name: found = papers_in(value, sure=False)
+        else: found = [paper for _, papers in lists_in({name: value}) for item in papers for paper in papers_in(item)]
         if name and not found and is_whole(tuple(value)) and name not in WRAPPERS and (not within or plain_name(within)[0] in LISTS):
             found = [dict(id=name) | value]  # under its id
         yield from ((paper, odd_value(paper, ''), '') for paper in found)
-    elif name or not reason or page_begins(text.text[text.place:], 1): yield from page_items(text, name)
+    elif name or not reason or page_begins(text.text[text.place:], 1): yield from page_items(text, path)
     elif end: yield None, reason, shown(text.text[text.place:end]); text.place = end
     else: yield text.refuse(reason)
 
@@ -446,7 +461,7 @@ def _csv_lines(taken: list[str], delimiter: str) -> list[list[str]]:
 
 
 def header_of(text: str) -> tuple[int, str, int]:
-    "(number of its line, delimiter, number of fields of a record it names) of the header of a table; by the usual names, else the first line."
+    "(line, delimiter, how many fields of a record it names) of the header of a table: by the usual names, else the first line."
     first = re.match(r'(?:\s*"?sep=(.)"?[ ,;]*\r?\n)?[\r\n]*(.*)', text)
     number = text[:first.start(2)].count('\n') + 1
     best = (0, number, first[1] or max(DELIMITERS, key=re.sub('"[^"]*"', '', first[2]).count))
@@ -472,8 +487,8 @@ def table_fields(names: list[str], same: dict[str, list[int]], values: list) -> 
     "(fields, '') of a row, or ({}, reason): where a name stands twice, the first column with a value counts, if no other contradicts it."
     fields = dict(zip(names, values))
     for name, places in same.items():
-        said = [values[n] for n in places if str(values[n]).strip()]
-        if len(set(map(str, said))) > 1 and any(name in found for field, found in usual_fields(tuple(names)).items() if field in ('title', 'text')):
+        said, usual = [values[n] for n in places if str(values[n]).strip()], usual_fields(tuple(names))
+        if len(set(map(str, said))) > 1 and name in usual['title'] + usual['text']:
             return {}, f'two columns are called {name!r}, and differ here; rename one'
         if said: fields[name] = said[0]
     return fields, ''
@@ -509,7 +524,7 @@ def table_row(pending: deque, found: Iterator, delimiter: str) -> tuple[int, lis
         if quotes % 2: break  # it goes on to the end of the file
     if trouble and quotes % 2 == 0: return first[0], None, trouble, taken
     pending.extendleft(reversed(taken[1:]))
-    if delimiter == '\t' and not first[2]: return first[0], first[1].rstrip('\n').split('\t'), '', taken[:1]  # databases write no quotes here
+    if delimiter == '\t' and not first[2]: return first[0], first[1].rstrip('\n').split('\t'), '', taken[:1]  # a mark is a mark here
     return first[0], None, first[2] or reason or 'broken CSV (a quotation mark is never closed); mend it', taken[:1]
 
 
@@ -521,7 +536,8 @@ def table_rows(pending: deque, found: Iterator, names: list[str], delimiter: str
         doubtful = fields and (any(field[:1] == ' ' for field in fields) or taken[0][1].count('"') % 2 and len(taken) == 1)
         short = fields is not None and len(fields) < len(names)
         if not reason and len(fields) != len(names): fields, reason = full_row(fields, taken, names, delimiter)
-        if wary and not reason and (doubtful or short): reason = f'after the broken row in line {wary} this may be a part of it; mend that row'
+        if wary and not reason and (doubtful or short):
+            reason = f'after the broken row in line {wary} this may be a part of it; mend that row'
         wary = (wary or line) if reason else 0
         yield line, fields, reason, taken, short and not reason
 
@@ -537,7 +553,9 @@ def read_csv(source: Opened) -> Iterator[Row | Refused]:
     names, same = columns_of(header)
     held = None  # a row that is too short is one only if the next is one, too: else its text goes on there
     for line, values, reason, taken, short in table_rows(pending, found, names, delimiter):
-        if held: yield Refused(source.name, held[0], 'shorter than the header, and the next line is no row; mend it', shown(held[1])) if reason else held[2]
+        if held and reason:
+            yield Refused(source.name, held[0], 'shorter than the header, and the next line is no row; mend it', shown(held[1]))
+        elif held: yield held[2]
         fields, reason = ({}, reason) if reason else table_fields(names, same, values)
         row = Refused(source.name, line, reason, shown(taken[0][1])) if reason else Row(source.name, line, fields)
         held = (line, taken[0][1], row) if short else None
@@ -548,7 +566,8 @@ def read_csv(source: Opened) -> Iterator[Row | Refused]:
 def is_spreadsheet(start: bytes, name: str) -> bool:
     "Whether a file with these first bytes, an archive or an old office document, is a spreadsheet."
     if start.startswith(b'\xd0\xcf\x11\xe0'): return bool(re.search(r'\.xls\b', name.lower())) or 'Workbook'.encode('utf-16-le') in start
-    return b'opendocument.spreadsheet' in start[:200] or bool(re.search(rb'xl/(workbook|worksheets|theme|styles|sharedStrings|_rels)', start))
+    if b'opendocument.spreadsheet' in start[:200]: return True
+    return bool(re.search(rb'xl/(workbook|worksheets|theme|styles|sharedStrings|_rels)', start))
 
 
 def sheet_rows(source: Opened, table: list[list]) -> Iterator[Row | Refused]:
@@ -568,7 +587,7 @@ def read_spreadsheet(source: Opened) -> Iterator[Row | Refused]:
     import pandas
     try: sheets = pandas.read_excel(io.BytesIO(source.stream.read()), sheet_name=None, header=None, na_filter=False, engine='calamine')
     except ImportError: reason = "a spreadsheet; pip install 'scilm_adapt[spreadsheets]' and it can be read, or save it as CSV"
-    except Exception as error: reason = f'a spreadsheet that cannot be opened ({" ".join(str(error).split())[:120]}); get it again, or save it as CSV'
+    except Exception as error: reason = f'a spreadsheet that cannot be opened ({" ".join(str(error).split())[:120]}); get it again'
     else:
         plain = lambda cell: cell if isinstance(cell, (str, int, float)) else str(cell)
         tables = [[[plain(cell) for cell in cells] for cells in sheet.itertuples(index=False)] for sheet in sheets.values()]
@@ -688,27 +707,32 @@ ARROW_EXAMPLE = _unpacked(
 _LINE = '{"id": 1, "title": "On heat", "abstract": "Heat flows."}'
 _ABSTRACT = '"abstract": [{"text": "Heat flows.", "section": "Abstract"}], "body_text": [{"text": "We wait.", "section": "Method"}]'
 _jsonl_forms = (
-    Form('JSON Lines', 'title', 'abstract, text, summary, …', 'sections, body_text', 'id, doi, …', _LINE + '\n' + _LINE.replace('1', '2')),
+    Form('JSON Lines', 'title', 'abstract, text, summary, …', 'sections, body_text', 'id, doi, …',
+         _LINE + '\n' + _LINE.replace('1', '2')),
     Form('OpenAlex', 'title, display_name', 'abstract_inverted_index', '', 'id',
          '{"id": "https://openalex.org/W1", "title": "On heat", "abstract_inverted_index": {"Heat": [0], "flows.": [1]}}'),
     Form('Semantic Scholar', 'title', 'abstract', '', 'corpusid, paperId',
          '{"paperId": "a1", "title": "On heat", "abstract": "Heat flows.", "tldr": {"model": "v2", "text": "It flows."}}'),
-    Form('S2ORC', 'title', 'abstract', 'pdf_parse.body_text', 'paper_id', '{"paper_id": "1", "title": "On heat", "abstract": "Heat flows.", '
+    Form('S2ORC', 'title', 'abstract', 'pdf_parse.body_text', 'paper_id',
+         '{"paper_id": "1", "title": "On heat", "abstract": "Heat flows.", '
          '"pdf_parse": {"body_text": [{"section": "Method", "text": "We wait."}]}}'),
     Form('S2ORC with marks', 'content.annotations.title', 'content.annotations.abstract', 'content.annotations.sectionheader, paragraph',
          'corpusid', r'{"corpusid": 1, "content": {"text": "On heat\nHeat flows.\nMethod\nWe wait.", "annotations": '
          r'{"title": "[{\"start\": 0, \"end\": 7}]", "abstract": "[{\"start\": 8, \"end\": 19}]", '
          r'"sectionheader": "[{\"start\": 20, \"end\": 26}]", "paragraph": "[{\"start\": 27, \"end\": 35}]"}}}'),
-    Form('unarXive', 'metadata.title', 'abstract.text', 'body_text', 'paper_id', '{"paper_id": "1", "metadata": {"title": "On heat", "doi": null}, '
+    Form('unarXive', 'metadata.title', 'abstract.text', 'body_text', 'paper_id',
+         '{"paper_id": "1", "metadata": {"title": "On heat", "doi": null}, '
          '"abstract": {"section": "Abstract", "text": "Heat flows."}, "body_text": [{"section": "Method", "text": "We wait."}]}'))
 _json_forms = (
-    Form('JSON array', 'title', 'abstract, text, summary, …', 'sections, body_text', 'id, doi, …', f'[\n{_LINE},\n{_LINE.replace("1", "2")}]'),
+    Form('JSON array', 'title', 'abstract, text, summary, …', 'sections, body_text', 'id, doi, …',
+         f'[\n{_LINE},\n{_LINE.replace("1", "2")}]'),
     Form('answer of an interface', 'title', 'abstract, …', '', 'id', '{"meta": {"count": 1}, "results": [\n' + _LINE + ']}'),
     Form('papers under their ids', 'title', 'abstract, …', '', 'the key', '{\n"a1": {"title": "On heat", "abstract": "Heat flows."},\n'
          '"a2": {"title": "On cold", "abstract": "Cold does not."}}'),
     Form('Crossref', 'title', 'abstract', '', 'DOI', '{"status": "ok", "message": {"items": [\n{"DOI": "10.1/a", "title": ["On heat"], '
          '"abstract": "<jats:title>Abstract</jats:title><jats:p>Heat flows.</jats:p>"}]}}'),
-    Form('DataCite', 'attributes.titles', 'attributes.descriptions (Abstract)', '', 'id', '{"data": [\n{"id": "10.1/a", "attributes": {"titles": '
+    Form('DataCite', 'attributes.titles', 'attributes.descriptions (Abstract)', '', 'id',
+         '{"data": [\n{"id": "10.1/a", "attributes": {"titles": '
          '[{"title": "On heat"}], "descriptions": [{"descriptionType": "Abstract", "description": "Heat flows."}]}}]}'),
     Form('Zenodo, InvenioRDM', 'metadata.title', 'metadata.description', '', 'id', '{"hits": {"hits": [\n{"id": 1, "metadata": '
          '{"title": "On heat", "description": "<p>Heat flows.</p>"}}], "total": 1}}'),
@@ -716,25 +740,32 @@ _json_forms = (
          '"abstract": "Heat flows.", "keywords": ["heat"]}}]}'),
     Form('Europe PMC', 'title', 'abstractText', '', 'id', '{"hitCount": 1, "resultList": {"result": [\n{"id": "7", "title": "On heat", '
          '"abstractText": "Heat flows.", "keywordList": {"keyword": ["heat"]}}]}}'),
-    Form('Scopus (API)', 'dc:title', 'dc:description', '', 'eid, dc:identifier', '{"search-results": {"entry": [\n{"dc:identifier": "SCOPUS_ID:1", '
+    Form('Scopus (API)', 'dc:title', 'dc:description', '', 'eid, dc:identifier',
+         '{"search-results": {"entry": [\n{"dc:identifier": "SCOPUS_ID:1", '
          '"dc:title": "On heat", "dc:description": "Heat flows.", "prism:publicationName": "Heat"}]}}'),
-    Form('bioRxiv', 'title', 'abstract', '', 'doi', '{"messages": [{"status": "ok"}], "collection": [\n{"doi": "10.1/a", "title": "On heat", '
+    Form('bioRxiv', 'title', 'abstract', '', 'doi',
+         '{"messages": [{"status": "ok"}], "collection": [\n{"doi": "10.1/a", "title": "On heat", '
          '"abstract": "Heat flows."}]}'),
     Form('CORD-19', 'metadata.title', 'abstract', 'body_text', 'paper_id',
          '{\n"paper_id": "1", "metadata": {"title": "On heat"}, ' + _ABSTRACT + '}'),
     Form('BioC (PubMed Central, PubTator)', 'passages (title)', 'passages (abstract)', 'passages (paragraph)', 'id', '{\n"source": "PMC", '
-         '"documents": [{"id": "7", "passages": [{"infons": {"type": "title"}, "text": "On heat"}, {"infons": {"type": "abstract"}, "text": '
-         '"Heat flows."}, {"infons": {"type": "paragraph"}, "text": "We wait."}]}]}'))
+         '"documents": [{"id": "7", "passages": [{"infons": {"type": "title"}, "text": "On heat"}, {"infons": {"type": "abstract"}, '
+         '"text": "Heat flows."}, {"infons": {"type": "paragraph"}, "text": "We wait."}]}]}'))
 _ROW = 'On heat,Heat flows.'
 _csv_forms = (
-    Form('table with a header', 'Title, Article Title, title_en, …', 'Abstract, Summary, Text, …', '', 'id, DOI, …', f'id,title,abstract\n1,{_ROW}'),
+    Form('table with a header', 'Title, Article Title, title_en, …', 'Abstract, Summary, Text, …', '', 'id, DOI, …',
+         f'id,title,abstract\n1,{_ROW}'),
     Form('Zotero', 'Title', 'Abstract Note', '', 'DOI, Key',
-         f'"Key","Item Type","Title","Publication Title","Abstract Note"\n"A1","journalArticle","On heat","Heat","Heat flows."'),
-    Form('IEEE Xplore', 'Document Title', 'Abstract', '', 'DOI', f'"Document Title","Abstract","DOI","Author Keywords"\n{_ROW},10.1/a,heat'),
-    Form('Scopus', 'Title', 'Abstract', '', 'DOI, EID', f'Authors,Title,Source title,DOI,Abstract,Author Keywords,EID\nA.,On heat,Heat,10.1/a,'
+         '"Key","Item Type","Title","Publication Title","Abstract Note"\n"A1","journalArticle","On heat","Heat","Heat flows."'),
+    Form('IEEE Xplore', 'Document Title', 'Abstract', '', 'DOI',
+         f'"Document Title","Abstract","DOI","Author Keywords"\n{_ROW},10.1/a,heat'),
+    Form('Scopus', 'Title', 'Abstract', '', 'DOI, EID',
+         'Authors,Title,Source title,DOI,Abstract,Author Keywords,EID\nA.,On heat,Heat,10.1/a,'
          'Heat flows.,heat; cold,2-s2.0-1'),
-    Form('Web of Science, tab-delimited', 'TI', 'AB', '', 'UT', 'PT\tAU\tTI\tSO\tDE\tID\tAB\tUT\nJ\tA.\tOn heat\tHEAT\theat\tCOLD\tHeat flows.\tWOS:1\n'),
-    Form('Dimensions', 'Title', 'Abstract', '', 'PMID, DOI', f'"About the data: Exported on Feb 03, 2022."\nRank,Publication ID,DOI,Title,Abstract,'
+    Form('Web of Science, tab-delimited', 'TI', 'AB', '', 'UT',
+         'PT\tAU\tTI\tSO\tDE\tID\tAB\tUT\nJ\tA.\tOn heat\tHEAT\theat\tCOLD\tHeat flows.\tWOS:1\n'),
+    Form('Dimensions', 'Title', 'Abstract', '', 'PMID, DOI',
+         '"About the data: Exported on Feb 03, 2022."\nRank,Publication ID,DOI,Title,Abstract,'
          f'Source title\n1,pub.1,10.1/a,{_ROW},Heat'),
     Form('EBSCO', 'Article Title', 'Abstract', '', 'DOI', f'Article Title,Abstract,DOI,Journal Title\n{_ROW},10.1/a,Heat'),
     Form('RefWorks', 'Title Primary', 'Abstract', '', 'DOI', f'Reference Type,Title Primary,Abstract,DOI\nJournal,{_ROW},10.1/a'),
@@ -748,6 +779,7 @@ formats = dict(json=Format(read_json, lambda text: json_kind(text) == 'json', 'j
                jsonl=Format(read_jsonl, lambda text: json_kind(text) == 'jsonl', 'jsonl ndjson', forms=_jsonl_forms),
                csv=Format(read_csv, suffixes='csv tsv tab', forms=_csv_forms),
                spreadsheet=Format(read_spreadsheet, suffixes='xlsx xlsm xls ods', forms=_sheet_forms),
-               parquet=Format(read_parquet, suffixes='parquet', magic=(b'PAR1',), forms=(Form('Parquet', *_column_forms, PARQUET_EXAMPLE),)),
+               parquet=Format(read_parquet, suffixes='parquet', magic=(b'PAR1',),
+                              forms=(Form('Parquet', *_column_forms, PARQUET_EXAMPLE),)),
                arrow=Format(read_arrow, suffixes='arrow', magic=(b'ARROW1', b'\xff\xff\xff\xff'),
                             forms=(Form('Arrow, saved data sets', *_column_forms, ARROW_EXAMPLE),)))

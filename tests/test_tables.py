@@ -1,4 +1,4 @@
-"""Whatever the fields are called and wherever the records stand: their title, text, sections and id come out, or a sentence says why not."""
+"""Whatever the fields are called and wherever the records stand: title, text, sections and id come out, or a sentence says why not."""
 import gzip
 import io
 import json
@@ -23,7 +23,8 @@ PAPERS = [dict(id=str(n), title=f'On heat {n}', abstract=f'{HEAT} ({n})') for n 
 
 
 def write(path, data) -> str:
-    path.write_bytes(data if isinstance(data, bytes) else (data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)).encode())
+    if not isinstance(data, str | bytes): data = json.dumps(data, ensure_ascii=False)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
     return str(path)
 
 
@@ -69,13 +70,16 @@ HEADERS = {  # the header, then the names that title, text and id are read from
     'camel case': ('articleTitle,journalTitle,abstractText', 'articleTitle', 'abstractText', None),
     'nested': ('paper.id,paper.title,paper.journal.title,paper.abstract', 'paper.title', 'paper.abstract', 'paper.id'),
     'metadata': ('metadata.title,source.title,metadata.abstract', 'metadata.title', 'metadata.abstract', None),
-    'DSpace': ('id,dc.title[en_US],dc.description.abstract[en_US],dc.source.title', 'dc.title[en_US]', 'dc.description.abstract[en_US]', 'id'),
+    'DSpace': ('id,dc.title[en_US],dc.description.abstract[en_US],dc.source.title', 'dc.title[en_US]', 'dc.description.abstract[en_US]',
+               'id'),
     'capitals': ('ID,TITLE,ABSTRACT,JOURNAL TITLE', 'TITLE', 'ABSTRACT', 'ID'),
     'punctuation': ('Id:,Title:,Abstract:', 'Title:', 'Abstract:', 'Id:'),
-    'language in brackets': ('Title (English),Journal (English),Abstract (English),Abstract Language', 'Title (English)', 'Abstract (English)', None),
+    'language in brackets': ('Title (English),Journal (English),Abstract (English),Abstract Language', 'Title (English)',
+                             'Abstract (English)', None),
     'language behind': ('title_en;abstract_en;abstract_url', 'title_en', 'abstract_en', None),
     'language before': ('English title,English abstract', 'English title', 'English abstract', None),
-    'Russian language': ('Название (на русском);Аннотация (на русском языке)', 'Название (на русском)', 'Аннотация (на русском языке)', None)}
+    'Russian language': ('Название (на русском);Аннотация (на русском языке)', 'Название (на русском)',
+                         'Аннотация (на русском языке)', None)}
 
 
 @pytest.mark.parametrize('case', HEADERS)
@@ -112,18 +116,21 @@ def test_title_and_text_are_read_in_one_language(row, wanted):
     assert (record(row)['title'], record(row)['text']) == wanted
 
 
-@given(st.sampled_from(['title', 'abstract', 'keywords', 'doi']), st.sampled_from(['{}', ' {} ', '{}:', '"{}"', 'paper.{}', 'dc:{}', '{}_en', '{} (RU)']),
+@given(st.sampled_from(['title', 'abstract', 'keywords', 'doi']),
+       st.sampled_from(['{}', ' {} ', '{}:', '"{}"', 'paper.{}', 'dc:{}', '{}_en', '{} (RU)']),
        st.sampled_from([str.lower, str.upper, str.title]))
 def test_a_name_is_known_in_any_writing(name, frame, case):
     assert plain_name(frame.format(case(name)))[0] == name
 
 
-# --- tables of text -----------------------------------------------------------------------------------------------------------------
+# --- tables of text ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('before', [
     '', 'sep=,\n', '"sep=,"\n', '"About the data: Exported on Feb 03, 2022. Criteria: \'heat\'."\n', 'My papers\n\nof 2020, and of 2021\n',
-    '\n\n', 'Report,,\n', '\ufeff', '\ufeffsep=,\r\n', 'Export: "heat"\n', 'Поиск: теплота, холод\n', 'Search: title, and abstract\n'], ids=repr)
-@pytest.mark.parametrize('header', ['id,title,abstract', '"Id","Title","Abstract"', 'ID,Document Title,Abstract Note', 'id,Название,Аннотация'])
+    '\n\n', 'Report,,\n', '\ufeff', '\ufeffsep=,\r\n', 'Export: "heat"\n', 'Поиск: теплота, холод\n',
+    'Search: title, and abstract\n', 'Title,My export\nDate,2020\n'], ids=repr)
+@pytest.mark.parametrize('header', ['id,title,abstract', '"Id","Title","Abstract"',
+                                    'ID,Document Title,Abstract Note', 'id,Название,Аннотация'])
 def test_words_before_the_header_are_no_records(tmp_path, before, header):
     lines = ''.join(f'{paper["id"]},{paper["title"]},"{paper["abstract"]}"\n' for paper in PAPERS)
     for name in ('a.csv', 'a.txt'):
@@ -134,14 +141,17 @@ def test_words_before_the_header_are_no_records(tmp_path, before, header):
 
 @pytest.mark.parametrize('delimiter', list(',;\t|'))
 def test_the_delimiter_is_found_behind_words_with_other_delimiters(tmp_path, delimiter):
-    lines = [delimiter.join(['id', 'title', 'abstract', 'score']), *(delimiter.join([p['id'], p['title'], f'"{p["abstract"]}"', '"0,5"']) for p in PAPERS)]
+    lines = [delimiter.join(['id', 'title', 'abstract', 'score']),
+             *(delimiter.join([p['id'], p['title'], f'"{p["abstract"]}"', '"0,5"']) for p in PAPERS)]
     assert told(write(tmp_path/'a.csv', 'Heat, cold; and | more, of, that\n' + '\n'.join(lines))) == WANTED
 
 
 def test_columns_without_a_name_and_names_that_stand_twice(tmp_path):
-    path = write(tmp_path/'a.csv', f',title,abstract,title,,keywords,keywords,\n0,On heat,{ТЕПЛО},,x,,ice,\n1,,{ТЕПЛО},On cold,,a,b,\n')
+    path = write(tmp_path/'a.csv', ',title,abstract,title,,keywords,keywords,\n'
+                                   f'0,On heat,{ТЕПЛО},,x,,ice,\n1,,{ТЕПЛО},On cold,,a,b,\n')
     first, second = read(path)
-    assert (first['title'], first['text'], first['keywords'], second['title'], second['keywords']) == ('On heat', ТЕПЛО, ['ice'], 'On cold', ['a'])
+    assert (first['title'], first['text'], first['keywords']) == ('On heat', ТЕПЛО, ['ice'])
+    assert (second['title'], second['keywords']) == ('On cold', ['a'])
     fields = next(rows(path)).fields
     assert fields['column 1'] == '0' and fields['column 5'] == 'x' and 'keywords (2)' in fields
     path = write(tmp_path/'b.csv', 'id,abstract,abstract\n1,heat,heat\n2,heat,cold\n3,,cold\n')
@@ -150,9 +160,11 @@ def test_columns_without_a_name_and_names_that_stand_twice(tmp_path):
 
 
 def test_a_row_without_its_empty_end_is_one_and_a_piece_of_text_is_none(tmp_path):
-    path = write(tmp_path/'a.csv', f'id,title,abstract,year,url\n1,On heat,{ТЕПЛО}\n2,On cold,{ТЕПЛО},1822\n3,On ice,{ТЕПЛО},1822,,,\n4,On tea,{ТЕПЛО}')
+    path = write(tmp_path/'a.csv', f'id,title,abstract,year,url\n1,On heat,{ТЕПЛО}\n2,On cold,{ТЕПЛО},1822\n'
+                                   f'3,On ice,{ТЕПЛО},1822,,,\n4,On tea,{ТЕПЛО}')
     assert [title for _, title, _ in told(path)] == ['On heat', 'On cold', 'On ice', 'On tea']
-    path = write(tmp_path/'b.csv', 'id,title,abstract,year\n1,On heat,Heat flows\nand flows,1822\n2,On cold,Cold does not.,1822\n3,no text\n')
+    path = write(tmp_path/'b.csv', 'id,title,abstract,year\n1,On heat,Heat flows\nand flows,1822\n'
+                                   '2,On cold,Cold does not.,1822\n3,no text\n')
     found = list(rows(path))
     assert [entry.line for entry in found if isinstance(entry, Row)] == [4]
     assert 'shorter than the header' in found[0].reason and '2 fields where the header has 4' in found[1].reason
@@ -160,25 +172,29 @@ def test_a_row_without_its_empty_end_is_one_and_a_piece_of_text_is_none(tmp_path
 
 def test_quotes_in_tab_delimited_files_of_databases_are_text(tmp_path):
     header, end = 'PT\tAU\tTI\tSO\tAB\tUT\t\n', '\t\n'
-    path = write(tmp_path/'savedrecs.txt', header + f'J\tA\t"Smart" films\tX\t"Heat" flows.\tWOS:1{end}J\tA\t"Open\tX\t5" pipes.\tWOS:2{end}')
+    path = write(tmp_path/'savedrecs.txt', f'{header}J\tA\t"Smart" films\tX\t"Heat" flows.\tWOS:1{end}'
+                                           f'J\tA\t"Open\tX\t5" pipes.\tWOS:2{end}')
     assert told(path) == [('WOS:1', '"Smart" films', '"Heat" flows.'), ('WOS:2', '"Open', '5" pipes.')]
 
 
 def test_prose_with_commas_is_no_table():
-    for text in ('Title, abstract and more\nfollow here.', 'We read the title, the abstract, and the text.\n', 'On heat\n\nTitle, abstract\n',
+    for text in ('Title, abstract and more\nfollow here.', 'We read the title, the abstract, and the text.\n',
+                 'On heat\n\nTitle, abstract\n',
                  'Abstract\n\nHeat flows, and cold, too.\n', 'Keywords: heat, text, title\n\nHeat flows.\n'):
         assert format_of(text.encode(), 'a.txt') == 'text', text
 
 
-# --- what fields hold -----------------------------------------------------------------------------------------------------------------
+# --- what fields hold -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('value', 'wanted'), [
     ({'We': [0, 14], 'measure': [1], 'gap': [20], 'none': None}, 'We measure We gap'),
     ({'Теплота': [0], 'переходит.': [1]}, 'Теплота переходит.'),
     (dict(IndexLength=2, InvertedIndex=dict(Heat=[0], flows=[1])), 'Heat flows'),
-    (['Heat flows.', 'Cold does not.'], 'Heat flows.\n\nCold does not.'), ([' Heat '], 'Heat'), ([], ''), ({}, ''), (None, ''), ([None, ''], ''),
+    (['Heat flows.', 'Cold does not.'], 'Heat flows.\n\nCold does not.'), ([' Heat '], 'Heat'), ([], ''), ({}, ''), (None, ''),
+    ([None, ''], ''),
     ([dict(text='A.', section='Abstract'), dict(text='B.', section='Abstract')], 'A.\n\nB.'), (dict(section='Abstract', text='A.'), 'A.'),
-    (dict(value='A.'), 'A.'), ({'#text': 'A.', '@lang': 'en'}, 'A.'), ({'$': 'A.'}, 'A.'), ({'h1': 'Abstract', 'p': ['A.', 'B.']}, 'A.\n\nB.'),
+    (dict(value='A.'), 'A.'), ({'#text': 'A.', '@lang': 'en'}, 'A.'), ({'$': 'A.'}, 'A.'),
+    ({'h1': 'Abstract', 'p': ['A.', 'B.']}, 'A.\n\nB.'),
     ([{'@Label': 'AIM', '#text': 'A.'}, {'@Label': 'RESULTS', '#text': 'B.'}], 'AIM: A.\n\nRESULTS: B.'),
     ([dict(label='Abstract', text='A.')], 'A.'), (dict(AbstractText=[{'#text': 'A.'}]), 'A.'),
     (dict(background='A.', results='B.'), 'Background: A.\n\nResults: B.'),
@@ -190,9 +206,10 @@ def test_text_is_found_in_every_form_that_a_field_has(value, wanted):
     assert text_of(value) == wanted
 
 
-@pytest.mark.parametrize(('value', 'reason'), [(3, 'a number'), (True, 'a number'), (float('nan'), 'a number'), (['a', 3], 'a number'), (b'a', 'a bytes'),
-                                               (dict(url='a'), "an object of 'url'"), ([dict(url='a')], "an object of 'url'"), (dict(value=3), 'a number'),
-                                               (dict(en='a', url='b'), "an object of 'en', 'url'")], ids=str)
+@pytest.mark.parametrize(('value', 'reason'), [
+    (3, 'a number'), (True, 'a number'), (float('nan'), 'a number'), (['a', 3], 'a number'), (b'a', 'a bytes'), (dict(value=3), 'a number'),
+    (dict(url='a'), "an object of 'url'"), ([dict(url='a')], "an object of 'url'"),
+    (dict(en='a', url='b'), "an object of 'en', 'url'")], ids=str)
 def test_what_is_no_text_is_named(value, reason):
     with pytest.raises(ValueError, match=reason): text_of(value)
     with pytest.raises(ValueError, match=f"field 'abstract' holds {reason}.*, not text"): record(dict(title='T', abstract=value))
@@ -216,7 +233,7 @@ def test_an_index_that_is_null_is_an_empty_text():
     with pytest.raises(ValueError, match='inverted index'): record(dict(abstract_inverted_index='heat'))
 
 
-# --- records that are not flat --------------------------------------------------------------------------------------------------------
+# --- records that are not flat ----------------------------------------------------------------------------------------------------
 
 BODY = [('', 'Lead.'), ('Method', 'We heat.\n\nWe wait.'), ('Result', 'It flows.')]
 PASSAGES = [dict(section=title, text=text, cite_spans=[]) for title, text in
@@ -231,9 +248,11 @@ def place(*texts: str) -> list[dict]:
 MARKS = dict(title=place('On heat'), abstract=place('A.', 'B.'), sectionheader=place('Method', 'Result'),
              paragraph=place('A.', 'B.', 'Lead.', 'We heat.', 'We wait.', 'It flows.'), bibref=None)
 NESTED = {
-    'CORD-19': dict(paper_id='7', metadata=dict(title='On heat', authors=[]), abstract=[dict(text='A.', section='Abstract'), dict(text='B.')],
-                    body_text=PASSAGES, bib_entries=dict(BIBREF0=dict(title='Another', text='x'))),
-    'S2ORC': dict(paper_id='7', title='On heat', abstract='A.\n\nB.', pdf_parse=dict(body_text=PASSAGES, abstract=[]), journal=dict(title='J')),
+    'CORD-19': dict(paper_id='7', metadata=dict(title='On heat', authors=[]), abstract=[
+        dict(text='A.', section='Abstract'), dict(text='B.')], body_text=PASSAGES,
+                    bib_entries=dict(BIBREF0=dict(title='Another', text='x'))),
+    'S2ORC': dict(paper_id='7', title='On heat', abstract='A.\n\nB.', journal=dict(title='J'),
+                  pdf_parse=dict(body_text=PASSAGES, abstract=[])),
     'S2ORC, abstract in the parse': dict(paper_id=7, title='On heat', abstract=None, pdf_parse=dict(
         abstract=[dict(text='A.', section='Abstract'), dict(text='B.')], body_text=PASSAGES)),
     'S2ORC with marks': dict(corpusid=7, content=dict(text=WHOLE, annotations={n: mark and json.dumps(mark) for n, mark in MARKS.items()})),
@@ -243,8 +262,8 @@ NESTED = {
     'sections in sections': dict(id=7, title='On heat', abstract=['A.', 'B.'], sections=[
         dict(heading='', paragraphs=['Lead.']), dict(heading='Method', paragraphs=['We heat.', 'We wait.'], subsections=[
             dict(heading='Result', paragraphs=['It flows.'])])]),
-    'sections by heading': dict(id=7, article_title='On heat', abstractText='A.\n\nB.', sections={'': 'Lead.', 'Method': ['We heat.', 'We wait.'],
-                                                                                                  'Result': 'It flows.'}),
+    'sections by heading': dict(id=7, article_title='On heat', abstractText='A.\n\nB.', sections={
+        '': 'Lead.', 'Method': ['We heat.', 'We wait.'], 'Result': 'It flows.'}),
     'a body in parts': dict(id=7, title='On heat', abstract='A.\n\nB.', body=PASSAGES),
     'BioC': dict(id='7', infons={}, passages=[dict(infons=infons, text=text) for infons, text in [
         (dict(section_type='TITLE', type='front'), 'On heat'), (dict(section_type='ABSTRACT', type='abstract'), 'A.'),
@@ -280,14 +299,20 @@ def test_unfolding_twice_changes_nothing(case):
 
 @pytest.mark.parametrize('row', [
     {'DOI': '1', 'title': ['On heat', 'О теплоте'], 'abstract': 'A.'}, {'id': '1', 'attributes': dict(titles=[
-        dict(title='On heat'), dict(title='About', titleType='Subtitle')], descriptions=[dict(description='A.', descriptionType='Abstract')])},
-    {'id': 1, 'bibjson': dict(title='On heat', abstract='A.', journal=dict(title='J'))}, {'id': 1, 'metadata': dict(title='On heat', description='A.')},
+        dict(title='On heat'), dict(title='About', titleType='Subtitle')],
+        descriptions=[dict(description='A.', descriptionType='Abstract')])},
+    {'id': 1, 'bibjson': dict(title='On heat', abstract='A.', journal=dict(title='J'))},
+    {'id': 1, 'metadata': dict(title='On heat', description='A.')},
     {'dc:identifier': '1', 'dc:title': 'On heat', 'dc:description': 'A.', 'prism:publicationName': 'J'},
     {'_id': '1', '_source': dict( title='On heat', abstract='A.')}, {'paper': dict(id=1, title='On heat', abstract='A.')},
-    {'citingPaper': dict(paperId='1', title='On heat', abstract='A.'), 'contexts': []}, {'node': dict(id=1, title='On heat', abstract='A.')},
-    {'metadata': dict(titles=[dict(title='On heat')], abstracts=[dict(value='A.', source='arXiv'), dict(value='A', source='S')]), 'id': '1'},
-    {'MedlineCitation': {'PMID': '1', 'Article': {'ArticleTitle': 'On heat', 'Abstract': {'AbstractText': 'A.'}, 'Journal': {'Title': 'J'}}}},
-    {'status': 'ok', 'message': dict(DOI='1', title=['On heat'], abstract='A.')}, {'id': 1, 'title': {'#text': 'On heat'}, 'abstractText': 'A.'}], ids=str)
+    {'citingPaper': dict(paperId='1', title='On heat', abstract='A.'), 'contexts': []},
+    {'node': dict(id=1, title='On heat', abstract='A.')},
+    {'id': '1', 'metadata': dict(titles=[dict(title='On heat')], abstracts=[
+        dict(value='A.', source='arXiv'), dict(value='A', source='S')])},
+    {'MedlineCitation': {'PMID': '1', 'Article': {'ArticleTitle': 'On heat', 'Journal': {'Title': 'J'},
+                                                'Abstract': {'AbstractText': 'A.'}}}},
+    {'status': 'ok', 'message': dict(DOI='1', title=['On heat'], abstract='A.')},
+    {'id': 1, 'title': {'#text': 'On heat'}, 'abstractText': 'A.'}], ids=str)
 def test_fields_that_lie_deeper_are_found(row):
     found = record(row)
     assert (found['title'], found['text'], found['id']) == ('On heat', 'A.', '1')
@@ -300,15 +325,17 @@ def test_what_belongs_to_a_journal_or_reference_is_not_taken():
     assert record(dict(journal=dict(title='J'), abstract='A.'))['title'] == ''
 
 
-# --- pages ----------------------------------------------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------------------------------------------
 
 PAGES = {
     'a wrapper': lambda papers: dict(meta=dict(count=3, list=[1]), results=papers, group_by=[]), 'Crossref': lambda papers: dict(
-        status='ok', message=dict(facets={}, items=papers, query=dict(terms=None))), 'Semantic Scholar': lambda papers: dict(total=3, offset=0, data=papers),
+        status='ok', message=dict(facets={}, items=papers, query=dict(terms=None))),
+    'Semantic Scholar': lambda papers: dict(total=3, offset=0, data=papers),
     'Europe PMC': lambda papers: dict(hitCount=3, resultList=dict(result=papers)), 'Elsevier': lambda papers: {'search-results': {
         'opensearch:totalResults': '3', 'link': [{'@ref': 'self', '@href': 'x'}], 'entry': papers}},
     'bioRxiv': lambda papers: dict(messages=[dict(status='ok', count=3)], collection=papers), 'Zenodo': lambda papers: dict(
-        aggregations=dict(type=dict(buckets=[dict(key='a', doc_count=1)])), hits=dict(hits=[dict(id=p['id'], metadata=p) for p in papers], total=3)),
+        aggregations=dict(type=dict(buckets=[dict(key='a', doc_count=1)])),
+        hits=dict(hits=[dict(id=p['id'], metadata=p) for p in papers], total=3)),
     'any name': lambda papers: dict(about='x', kopf=[dict(a=1)], статьи=papers), 'Solr': lambda papers: dict(
         responseHeader=dict(params=dict(q='heat')), response=dict(numFound=3, docs=papers)),
     'several lists': lambda papers: dict(train=papers[:1], test=papers[1:]), 'one in one': lambda papers: dict(data=dict(papers=dict(
@@ -360,13 +387,25 @@ def test_a_broken_record_in_a_page_costs_itself(tmp_path):
 
 
 @pytest.mark.parametrize('more', [
-    dict(references=[dict(title='A', abstract='B', id=1)]), dict(sections=[dict(title='A', text='B')]), dict(related=[dict(title='A', abstract='B')]),
-    dict(results=[dict(label='Fig. 1')]), dict(figures=[dict(id=1, text='x', title='y')]), dict(authors=[dict(name='N')]*3, data=[dict(file='x')]),
+    dict(references=[dict(title='A', abstract='B', id=1)]), dict(sections=[dict(title='A', text='B')]),
+    dict(related=[dict(title='A', abstract='B')]),
+    dict(results=[dict(label='Fig. 1')]), dict(figures=[dict(id=1, text='x', title='y')]),
+    dict(authors=[dict(name='N')]*3, data=[dict(file='x')]),
     dict(related=dict(a=dict(title='A', abstract='B'), b=dict(title='A', abstract='B')))], ids=str)
 def test_a_single_paper_stays_one_record(tmp_path, more):
     for row in (PAPERS[0] | more, more | PAPERS[0], more | PAPERS[0] | dict(body_text=PASSAGES*2000)):
         for data in (row, json.dumps(row, indent=1)): assert told(write(tmp_path/'a.json', data)) == WANTED[:1]
         assert papers_in(row) == [row]
+
+
+@pytest.mark.parametrize('row', [
+    dict(question='Why?', documents=[dict(id=1, title='T', text='A.')]),
+    dict(question='Why?', papers=[dict(id=1, title='T', abstract='A.')]),
+    dict(prompt='Why?', responses=[dict(id=1, text='A.'), dict(id=2, text='B.')]), dict(messages=[dict(id=1, role='user', content='A.')]),
+    dict(id=1, query='Why?', results=[dict(id=1, title='T', text='A.')])], ids=str)
+def test_a_question_of_an_evaluation_is_no_page(tmp_path, row):
+    for name, data in (('a.jsonl', (json.dumps(row) + '\n')*2), ('b.json', json.dumps([row, row], indent=1))):
+        assert next(rows(write(tmp_path/name, data))).fields == row
 
 
 def test_a_page_without_papers_names_what_is_there(tmp_path):
@@ -378,11 +417,13 @@ def test_a_page_without_papers_names_what_is_there(tmp_path):
 
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(['title', 'abstract', 'text', 'results', 'data', 'items', 'content', 'body', 'metadata', 'passages', 'sections', 'a', 'en', 'x']),
+    st.sampled_from(['title', 'abstract', 'text', 'results', 'data', 'items', 'content', 'body', 'metadata', 'passages', 'sections', 'a',
+                     'en', 'x']),
     inner, max_size=4), max_leaves=12)
 
 
-@given(st.dictionaries(st.sampled_from(['title', 'abstract', 'results', 'data', 'content', 'passages', 'metadata', 'b']), trees, max_size=4))
+@given(st.dictionaries(st.sampled_from(['title', 'abstract', 'results', 'data', 'content', 'passages', 'metadata', 'b']), trees,
+                       max_size=4))
 @settings(max_examples=150)
 def test_no_json_ends_in_another_error(tmp_path_factory, value):
     path = write(tmp_path_factory.getbasetemp()/'tree.json', value)
@@ -391,7 +432,7 @@ def test_no_json_ends_in_another_error(tmp_path_factory, value):
         assert isinstance(refused(entry, {}), dict | Refused)
 
 
-# --- fields that the user names ---------------------------------------------------------------------------------------------------------
+# --- fields that the user names ---------------------------------------------------------------------------------------------------
 
 def test_a_field_may_be_named_along_its_path(tmp_path):
     row = dict(journal=dict(title='J'), parts=[dict(t='A.'), dict(t='B.')], heads=['one', 'two'], main=dict(deep=dict(er='C.')))
@@ -400,16 +441,18 @@ def test_a_field_may_be_named_along_its_path(tmp_path):
     assert named('journal.title', 'main.deep.er') == [('J', 'C.')]
     assert named('heads.1', 'parts.t') == [('two', 'A.\n\nB.')] and named('heads', 'parts.0.t') == [('one', 'A.')]
     for wrong in ('journal.name', 'journal.title.more', 'parts.7.t', 'parts.x', 'nothing', 'main..er', '.'):
-        with pytest.raises(InputError, match=f"a.jsonl:1: there is no field '{wrong}' among 'journal', 'parts'") as caught: named('heads.0', wrong)
+        with pytest.raises(InputError, match=f"a.jsonl:1: there is no field '{wrong}' among 'journal', 'parts'") as caught:
+            named('heads.0', wrong)
         assert '\n' not in str(caught.value)
     assert value_at({'a.b': 1}, 'a.b') == 1
     with pytest.raises(InputError, match="'main' holds an object of 'deep', not text"): named('heads.0', 'main')
 
 
-# --- titles that are empty --------------------------------------------------------------------------------------------------------------
+# --- titles that are empty --------------------------------------------------------------------------------------------------------
 
 def test_a_source_without_any_title_says_so(tmp_path, capsys):
-    texts = [f'{HEAT} This was measured {n} times in the winter of the year {1800 + n}, in a house of {n + 3} rooms with a kettle.' for n in range(40)]
+    texts = [f'{HEAT} This was measured {n} times in the winter of the year {1800 + n}, in a house of {n + 3} rooms with a kettle.'
+             for n in range(40)]
     bare = write(tmp_path/'bare.csv', 'id,name,abstract\n' + ''.join(f'{n},x,"{text}"\n' for n, text in enumerate(texts)))
     full = write(tmp_path/'full.csv', f'id,title,abstract\n1,,{ТЕПЛО}\n2,О теплоте,{ТЕПЛО}\n')
     report = build(tmp_path/'out', [bare, full])
@@ -422,7 +465,7 @@ def test_a_source_without_any_title_says_so(tmp_path, capsys):
     assert 'has a title' not in capsys.readouterr().out
 
 
-# --- spreadsheets -------------------------------------------------------------------------------------------------------------------------
+# --- spreadsheets -----------------------------------------------------------------------------------------------------------------
 
 def sheet(*lines: str) -> str:
     cells = lambda line: ''.join(f'<c t="inlineStr"><is><t>{cell}</t></is></c>' if not cell.isdigit() else f'<c><v>{cell}</v></c>'
@@ -439,8 +482,8 @@ def workbook(*sheets: str) -> bytes:
             data = old.read(name).decode()
             for n in range(2, len(sheets) + 1):
                 data = data.replace('</sheets>', f'<sheet name="S{n}" sheetId="{n}" r:id="r{n}"/></sheets>')
-                if name.endswith('workbook.xml.rels'): data = data.replace('</Rel', '<Relationship Id="r%d" Type="http://schemas.openxmlformats.org/'
-                    'officeDocument/2006/relationships/worksheet" Target="worksheets/sheet%d.xml"/></Rel' % (n, n))
+                if name.endswith('workbook.xml.rels'): data = data.replace('</Rel', f'<Relationship Id="r{n}" Type="http://schemas.'
+                    f'openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet{n}.xml"/></Rel')
             if 'sheet1' not in name: new.writestr(name, data)
         for n, data in enumerate(sheets, 1): new.writestr(f'xl/worksheets/sheet{n}.xml', data)
     return memory.getvalue()
@@ -498,7 +541,7 @@ def test_an_open_document_and_an_old_spreadsheet_are_told(tmp_path):
     assert format_of(old + 'Workbook'.encode('utf-16-le') + b'\0', 'a') == 'spreadsheet'
 
 
-# --- the forms ------------------------------------------------------------------------------------------------------------------------------
+# --- the forms --------------------------------------------------------------------------------------------------------------------
 
 FORMS = [(kind, form) for kind, found in formats.items() for form in found.forms]
 
