@@ -91,7 +91,9 @@ def test_fields_are_found_or_named(row, given, wanted):
 @pytest.mark.parametrize(('row', 'reason'), [
     (dict(abstract=None), "'abstract' is empty"), (dict(abstract=''), 'is empty'), (dict(abstract=' \n\t'), 'is empty'),
     (dict(abstract=3), "'abstract' holds a number"), (dict(abstract=float('nan')), 'holds a number'), (dict(abstract=True), 'number'),
-    (dict(abstract=['a']), 'holds a list'), (dict(abstract={}), 'holds a dict'), (dict(title=['a'], abstract='a'), "'title' holds a list"),
+    (dict(abstract=['a', 1]), "'abstract' holds a number"), (dict(abstract={}), 'is empty'),
+    (dict(abstract={'url': 'a'}), "an object of 'url'"),
+    (dict(title=3, abstract='a'), "'title' holds a number"), (dict(abstract=[]), 'is empty'),
     (dict(body2='a', title='t'), "no field with text among 'body2', 'title'; name it with text_field"), ({}, 'no field with text'),
     (dict(abstract='half \ud835'), 'half of a character'),
 ], ids=str)

@@ -484,7 +484,7 @@ def test_a_stage_that_is_done_costs_a_moment(tmp_path, monkeypatch):
     stage(Run(tmp_path), 'model', {}, build)
     stage(Run(tmp_path), 'model', {}, build)
     of, read = runs.file_hash, []
-    monkeypatch.setattr(runs, 'file_hash', lambda path: (read.append(path.name), of(path))[1])
+    monkeypatch.setattr(files, 'file_hash', lambda path: (read.append(path.name), of(path))[1])
     stage(Run(tmp_path), 'model', {}, build)
     assert 'weights' not in read
 
