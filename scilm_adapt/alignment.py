@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from .divergence import Head, chunk_size, divergences, floored, head_loss, head_of, loss_rows, mean_loss
+from .errors import InputError
+from .files import content_hash
 from .models import LanguageModel, hidden_states, weights_hash
-from .runs import InputError, content_hash
 from .tokens import control_tokens, encode, encode_chat, end_of_turn, lay_out, pack, reading_of, runs
 
 # %% ../nbs/28_alignment.ipynb #93c75696

@@ -28,8 +28,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from html.entities import html5
 
+from .errors import InputError
 from .markup import low_or_high, mathml
-from .runs import InputError
 
 # %% ../nbs/10_cleaning.ipynb #1d85e504
 MATH = re.compile(r"""

@@ -236,7 +236,7 @@ def verify(arguments: list[str]) -> int:
                             'is 1, and the file is named, if one is not what was written.')
     parser.add_argument('folder', metavar='DIR', help='the folder of a run')
     folder = parser.parse_args(arguments).folder
-    from scilm_adapt.runs import MANIFEST, Damaged, verified
+    from scilm_adapt.files import MANIFEST, Damaged, verified
     rows = stage_rows(folder, deep=True)
     wrong = [f"{row['name']}: {row['reason']}" for row in rows if row['state'] == 'broken']
     checkpoints = sorted(path.parent for path in Path(folder, '.unfinished').rglob(f'step-*/{MANIFEST}'))

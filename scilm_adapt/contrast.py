@@ -17,12 +17,14 @@ import torch
 
 from . import preference as preferences
 from .checkpoints import Checkpoints
+from .errors import InputError, say
+from .files import write_json
 from .geometry import check_margin, isotropy, probe, token_contrast, token_pairs, token_weight, weight_reason  # noqa: F401
 from .models import LanguageModel, check_memory, hidden_states, load, save, weights_hash
 from .pairs import Pairs, check_pairs, embed, info_nce, pair_batch, pair_loss, pair_maker, pool, retrieval, view_ids, views  # noqa: F401
 from .papers import Corpus, document
 from .preference import Pair, Preference, check_preference, preference_batch, preference_loss, preference_part  # noqa: F401
-from .runs import InputError, Run, say, stage, write_json
+from .runs import Run, stage
 from .tokens import USEFUL, Packed, batch_rows, documents_in, pack, store_tokens, tokenizer_hash
 from .training import Trackers, fit, keep_history, lm_loss, lora, trackers_of
 

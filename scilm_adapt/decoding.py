@@ -21,9 +21,9 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
+from .errors import InputError
 from .models import (at_rest, before_head, context_of, distance, habits, hidden_states, logits_of, rounding_error,
                                 short_documents)
-from .runs import InputError
 
 # %% ../nbs/18_decoding.ipynb #b536340f
 def next_probabilities(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from .checkpoints import Checkpoints
 from .divergence import REFUSED, Head, dense_loss, head_of, sparse_kinds, sparse_loss
 from .endpoint import Endpoint
+from .errors import InputError, say
+from .files import content_hash, contents, drop, sweep, write_json
 from .guards import watch
 from .instruct import Chats, mine_all
 from .models import LanguageModel, hidden_states, load, same_vocabulary, save, weights_hash
@@ -30,8 +32,7 @@ from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
 from .remote import remote_targets
 from .rollouts import OnPolicy, Replay, contrast_weight, fitting, on_policy_batches
-from .files import contents, drop, sweep
-from .runs import InputError, Run, content_hash, say, stage, write_json
+from .runs import Run, stage
 from .teacher import (AlignedTeacher, LiveTeacher, OpenTeacher, ShiftedTeacher, Teacher, addresses, build_cache, data_hash,
                                  open_cache)
 from .tokens import USEFUL, Packed, batch_rows, documents_in, encode_chat, pack, store_tokens, tokenizer_hash

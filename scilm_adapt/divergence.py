@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .errors import InputError
 from .models import habits
-from .runs import InputError
 
 # %% ../nbs/27_divergence.ipynb #d9ee33c0
 def floored(logprobs: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from .runs import InputError
+from .errors import InputError
 from .reading import Refused
 from .sources import expand, rows
 

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from .errors import InputError, progress
+from .files import content_hash, hashed
 from .generate import Answer, parted
-from .runs import InputError, content_hash, hashed, progress
 from .tokens import parse_options
 
 # %% ../nbs/24_endpoint.ipynb #9a04a153

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import InputError, say
+from .files import content_hash, hashed, read_json, write_json
 from .generate import chat_prompt, respond
 from .instruct import Chats
 from .intervals import difference_interval, rate_difference_interval, rate_interval, ratio_interval, verdict
 from .models import LanguageModel, parameter_count, weights_hash
 from .papers import Corpus, document
-from .runs import InputError, Run, content_hash, hashed, read_json, say, stage, write_json
+from .runs import Run, stage
 from .tokens import document_ends, encode, encode_chat
 from .training import document_nats
 

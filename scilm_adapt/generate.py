@@ -19,8 +19,9 @@ import torch
 
 from .decoding import (DECODERS, Reader, check_dials, check_mask, check_room, contrastive_search,   # noqa: F401
                                   next_probabilities, pick, plain, sample, write)
+from .errors import InputError, progress
 from .models import LanguageModel, logits_of
-from .runs import InputError, progress, rng
+from .runs import rng
 from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, end_of_turn, pad, render
 
 # %% ../nbs/19_generate.ipynb #e55412cd

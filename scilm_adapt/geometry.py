@@ -12,8 +12,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .errors import InputError
 from .models import LanguageModel, hidden_states
-from .runs import InputError, figure_theme
+from .runs import figure_theme
 from .tokens import encode_documents, pack
 
 # %% ../nbs/20_geometry.ipynb #839bf280

@@ -20,9 +20,10 @@ import torch
 from .checkpoints import ranks
 from .decoding import repetition
 from .divergence import chunk_size, head_of
+from .errors import InputError
+from .files import staged_folder, write_json
 from .generate import Answer, chat_prompt, halt_ids, plain, respond
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision, save
-from .runs import InputError, staged_folder, write_json
 from .teacher import Teacher
 from .tokens import encode_chat, pack
 from .training import exact, has_adapters, merge_adapters, target_states

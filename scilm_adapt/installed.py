@@ -21,7 +21,8 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from .runs import InputError, content_hash, say, write_text
+from .errors import InputError, say
+from .files import content_hash, write_text
 
 # %% ../nbs/09_installed.ipynb #44d32e34
 SCIENCE_PACKAGES = ('numpy', 'scipy', 'sklearn', 'sympy', 'networkx')

@@ -25,13 +25,15 @@ from pathlib import Path
 from .cleaning import language
 from .duplicates import Evaluation, Seen, decontaminate, fingerprint, read_evaluation, signature
 from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, send, text_request, to_answer, usage_of
-from .files import check_apart, check_free, drop, in_place, lasting
+from .errors import InputError, say
+from .files import (check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, write_json,
+                               write_text)
 from .generate import Answer, chat_prompt, respond
 from .mining import COMMON, language_of, mine, sentences, whole_sentences
 from .mining import kinds as mined_kinds
 from .models import LanguageModel, weights_hash
 from .papers import OUTCOMES, SPLITS, Corpus, document, save_dataset, source_hash, split
-from .runs import InputError, Run, content_hash, read_json, rng, say, stage, staged_folder, write_json, write_text
+from .runs import Run, rng, stage
 from .sources import places_of
 from .tokens import encode, encode_chat, render, set_options, tokenizer_hash
 

@@ -12,7 +12,8 @@ import math
 import numpy as np
 from scipy.stats import binomtest, norm, t
 
-from .runs import InputError, rng
+from .errors import InputError
+from .runs import rng
 
 # %% ../nbs/17_intervals.ipynb #53197c81
 def resampled_ratios(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0, resamples: int = 2000) -> np.ndarray:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerBase)
 
-from .runs import InputError
+from .errors import InputError
 from .tokens import TURN_END, document_ends, encode_document, end_of_turn, pack, train_tokenizer
 
 # %% ../nbs/14_models.ipynb #35f93feb

@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .duplicates import fingerprint, minima, shingles, words
+from .errors import InputError
 from .models import LanguageModel, hidden_states
 from .papers import document
-from .runs import InputError, rng
+from .runs import rng
 from .tokens import batch_rows, encode_document, pad
 
 # %% ../nbs/21_pairs.ipynb #57475567

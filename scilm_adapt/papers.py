@@ -27,10 +27,11 @@ from tabulate import tabulate
 
 from .cleaning import clean, without_rules
 from .duplicates import Evaluation, Seen, decontaminate, deduplicate, fingerprint, read_evaluation, signature, texts_in  # noqa: F401
+from .errors import InputError, progress, say
+from .files import check_apart, check_free, content_hash, file_hash, read_json, staged_folder, write_json
 from .installed import installed_docs
-from .files import check_apart, check_free
 from .reading import Refused, Row
-from .runs import InputError, Run, content_hash, file_hash, key_of, progress, read_json, say, stage, staged_folder, write_json
+from .runs import Run, key_of, stage
 from .sources import expand, places_of, rows
 from .tables import NESTED, TONGUES, plain_name, text_of, tongue_of, unfolded, usual_fields, value_at
 

@@ -24,9 +24,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError
+from .files import write_text
 from .generate import continued, halt_ids, up_to_halt
 from .models import LanguageModel, hidden_states, logits_of, weights_hash
-from .runs import InputError, Run, rng, stage, write_text
+from .runs import Run, rng, stage
 from .tokens import encode_document, encode_many, pad, reading_of
 from .training import document_nats, target_states
 

@@ -17,10 +17,10 @@ import numpy as np
 from .alignment import PLAIN, answer_places, check_lossless, common_tokens
 from .decoding import reads_on
 from .divergence import Head, head_of
+from .errors import InputError
 from .generate import chat_prompt, respond
 from .intervals import difference_interval
 from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary, shared_vocabulary
-from .runs import InputError
 from .tokens import (control_tokens, document_ends, encode_chat, end_of_turn, mark, named_templates, opening, settled,
                                 written)
 from .training import document_nats

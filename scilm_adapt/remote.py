@@ -16,7 +16,8 @@ import numpy as np
 
 from .alignment import answer_places, byte_ends, check_lossless, meanings
 from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, send, to_answer
-from .runs import InputError, content_hash, hashed, write_json
+from .errors import InputError
+from .files import content_hash, hashed, write_json
 from .teacher import (CachedTeacher, begin_cache, damage, data_hash, open_cache, read_about, record, refuse_stale,
                                  write_shard)
 from .tokens import Packed, encode_chat, pack, reading_of

@@ -29,10 +29,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 
 from .evaluate import METRICS, VERDICTS, finding, findings, signed
+from .files import content_hash, ledger, read_json, staged_folder, to_json, write_own
 from .models import LanguageModel, best_device, save, weights_hash
 from .papers import Corpus
-from .files import ledger, to_json, write_own
-from .runs import MODEL_COLOURS, Run, content_hash, figure_theme, read_json, stage, staged_folder
+from .runs import MODEL_COLOURS, Run, figure_theme, stage
 
 # %% ../nbs/37_report.ipynb #f265e7b0
 COLUMNS = dict(science_bpb='science', general_bpb='general text', answer_bpb='answers', stop_rate='answers that end')

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
+from .errors import InputError
 from .generate import chat_prompt, continued, halt_ids, stop_ids, up_to_halt
 from .models import LanguageModel
-from .runs import InputError, rng
+from .runs import rng
 from .tokens import Packed, batch_rows, documents_in, encode_chat, pack
 
 # %% ../nbs/32_rollouts.ipynb #8dece0e7

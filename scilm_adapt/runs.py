@@ -23,11 +23,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 import scilm_adapt
-from .errors import InputError, Stopped, on_signals, progress, say, stop_gently  # noqa: F401
-from .files import (ASIDE, MANIFEST, SEEN, SETTLED, Damaged, check_free, check_own, check_space, contents, content_hash,  # noqa: F401
-                               drop, file_hash, free_bytes, hashed, is_plain, lasting, ledger, marked, note, parsed_manifest, read_json,
-                               read_manifest, seal, staged_folder, sweep, sync, target_folder, told_when_full, verified, write_json,
-                               write_own, write_text)
+from .errors import InputError
+from .files import (ASIDE, MANIFEST, SEEN, Damaged, check_free, check_own, content_hash, contents, drop, file_hash,
+                               is_plain, lasting, ledger, marked, note, parsed_manifest, read_json, read_manifest, seal, staged_folder,
+                               sweep, target_folder, told_when_full, verified, write_text)
 
 # %% ../nbs/02_runs.ipynb #1f92029e
 locks: dict[Path, FileLock] = {}  # what this process holds

@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from tabulate import tabulate
 
 from . import documents, exports, markup, tables
+from .errors import InputError
 from .reading import DAMAGE, MARKS, Format, Opened, Refused, Row, begins, compressions, not_text, opened, shown
-from .runs import InputError
 from .tables import hub_rows, is_dataset, is_spreadsheet, is_table, read_dataset
 
 # %% ../nbs/08_sources.ipynb #a514fa94

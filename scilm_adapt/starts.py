@@ -18,9 +18,10 @@ from torch import nn
 
 from .decoding import Reader
 from .divergence import chunk_size
+from .errors import InputError, progress
 from .generate import Answer, check_prompts, halt_ids, next_probabilities, plain, stop_ids, to_answer
 from .models import LanguageModel, adopt_chat, logits_of, same_vocabulary
-from .runs import InputError, progress, rng
+from .runs import rng
 from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, drawn
 from .tokens import pack, pad
 

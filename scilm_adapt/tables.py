@@ -28,8 +28,8 @@ from contextlib import ExitStack
 from functools import lru_cache
 from itertools import islice
 
+from .errors import InputError
 from .reading import LARGEST, SAMPLE, Form, Format, Opened, Refused, Row, lines, shown
-from .runs import InputError
 
 # %% ../nbs/04_tables.ipynb #7a2be98a
 # The usual names of each field of a record in their plain form, the likeliest first.

@@ -21,9 +21,10 @@ import torch
 
 from .alignment import AlignedTeacher
 from .divergence import Head, chunk_size, common_rows, divergences, floored, head_loss, head_of, loss_rows, sparse_loss
+from .errors import InputError, progress
+from .files import check_free, content_hash, file_hash, hashed, read_json, write_json
 from .models import LanguageModel, hidden_states, mixed_precision, shared_vocabulary, weights_hash
-from .files import check_free
-from .runs import InputError, content_hash, file_hash, hashed, progress, read_json, rng, write_json
+from .runs import rng
 from .tokens import Packed, Tokens, best_fit, reading_of
 from .training import target_states
 

@@ -30,7 +30,9 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .runs import InputError, Run, content_hash, progress, read_json, rng, stage, write_json
+from .errors import InputError, progress
+from .files import content_hash, read_json, write_json
+from .runs import Run, rng, stage
 
 # %% ../nbs/13_tokens.ipynb #c0ec4dc4
 DOCUMENT_END, TURN_START, TURN_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'

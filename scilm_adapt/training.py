@@ -30,8 +30,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checkpoints import Chance, Checkpoints, Moments, Settings, Weights, from_all
+from .errors import InputError, Stopped, progress, stop_gently
+from .files import content_hash, write_json
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision
-from .runs import InputError, Stopped, content_hash, progress, stop_gently, write_json
 from .tokens import pack
 
 # %% ../nbs/16_training.ipynb #402ea04d

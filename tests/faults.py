@@ -38,12 +38,14 @@ import yaml
 from safetensors.torch import load_file
 
 import scilm_adapt
-from scilm_adapt import contrast, distill, evaluate, guards, instruct, models, running, runs
+from scilm_adapt import contrast, distill, evaluate, files, guards, instruct, models, running
 from scilm_adapt.checkpoints import Checkpoints
+from scilm_adapt.errors import InputError, Stopped, on_signals
+from scilm_adapt.files import Damaged, read_json, verified, write_json
 from scilm_adapt.models import LanguageModel
 from scilm_adapt.papers import prepare
 from scilm_adapt.rollouts import OnPolicy
-from scilm_adapt.runs import Damaged, InputError, Run, Stopped, on_signals, read_json, stage, survey, verified, write_json
+from scilm_adapt.runs import Run, stage, survey
 
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'/'faults.json'
 STAGES = ['main/corpus', 'main/tokens', 'main/models/contrast', 'main/chats', 'main/models/distilled', 'cached/targets', 'cached/tokens',
@@ -288,7 +290,7 @@ def corrupted(world: World, count: int) -> dict:
     "files truncated, zeroed, deleted, or with one bit flipped"
     wrong, kinds, finished, begun = [], Counter(), world.place(), world.place()
     assert child(world, finished).end().code == 0
-    time.sleep(runs.SETTLED + 0.1)
+    time.sleep(files.SETTLED + 0.1)
     rows(finished)  # so that it is known which files are well, and these are not hashed again
     process = child(world, begun)
     process.heard(4, b')')  # two of the first training, and two of the second
@@ -413,7 +415,8 @@ def disk_full(world: World, count: int) -> dict:
 
 BATCH = '''import os, signal, threading, time
 from pathlib import Path
-from scilm_adapt.runs import Run, stage, write_text
+from scilm_adapt.files import write_text
+from scilm_adapt.runs import Run, stage
 def end(): {end}
 '''
 ENDS = {'kernel killed': 'os.kill(os.getpid(), signal.SIGKILL)', 'cell failing': 'raise ValueError("no")',
@@ -434,7 +437,7 @@ def notebooks(world: World, count: int) -> dict:
         about = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
         (notebook := folder/'small.ipynb').write_text(json.dumps(dict(cells=parts, metadata=about, nbformat=4, nbformat_minor=5)))
         before = 'an earlier success' if n % 2 else None
-        if before: runs.write_text(folder/'out'/'run.ipynb', before)
+        if before: files.write_text(folder/'out'/'run.ipynb', before)
         process = child(world, folder, partial(running.run_notebook, notebook, dict(out_dir=str(folder/'out')), folder/'out')).end()
         kinds[how] += 1
         if process.code != CODES[how]: wrong.append(f'{how}: ended with {process.code}: {process.text[-500:]}')

@@ -24,9 +24,9 @@ from scilm_adapt.alignment import (
     token_bytes,
 )
 from scilm_adapt.divergence import chunked_loss, divergences, head_of
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
 from scilm_adapt.models import build, hidden_states
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import encode, encode_chat, end_of_turn, pack, train_tokenizer
 from scilm_adapt.training import fit, lm_loss, micro_batches, target_states
 

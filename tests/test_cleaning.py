@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scilm_adapt import cleaning
 from scilm_adapt.cleaning import apply_rules, clean, filters, language, language_code, rules, without_rules
-from scilm_adapt.runs import InputError
+from scilm_adapt.errors import InputError
 
 HEAT = 'Heat flows from warm bodies to cold ones.'
 WARM = 'Тепло переходит от тёплых тел к холодным.'

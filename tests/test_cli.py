@@ -15,7 +15,9 @@ from datasets import load_from_disk
 
 from scilm_adapt import __version__, cli, running
 from scilm_adapt.checkpoints import Checkpoints, Settings
-from scilm_adapt.runs import InputError, Run, stage, write_text
+from scilm_adapt.errors import InputError
+from scilm_adapt.files import write_text
+from scilm_adapt.runs import Run, stage
 
 PARAMETERS = "# Training\nsteps: int = 3  # optimiser steps\nrate: float = 0.1\nout_dir: str = 'outputs/run'  # results\n"
 DONE = "print('scilm: run complete')"
@@ -166,7 +168,7 @@ def test_an_allowed_error_is_still_an_error(notebook, tmp_path):
 
 
 def test_input_error_in_a_cell_is_its_sentence_alone(notebook):
-    small = notebook("from scilm_adapt.runs import InputError\nraise InputError('papers.csv is empty; give another.')", DONE)
+    small = notebook("from scilm_adapt.errors import InputError\nraise InputError('papers.csv is empty; give another.')", DONE)
     done = scilm(small, 'run', '-o', 'out')
     assert done.returncode == 2
     assert done.stderr == 'scilm: papers.csv is empty; give another.\nThe notebook as far as it came: out/run.failed.ipynb\n'
@@ -227,7 +229,7 @@ def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore
 
 SAVING = '''
 import os, sys, time
-from scilm_adapt.runs import Stopped, stop_gently
+from scilm_adapt.errors import Stopped, stop_gently
 with stop_gently() as wished:
     print('pids', os.getpid(), flush=True)
     while not wished: time.sleep(.05)
@@ -253,7 +255,7 @@ def test_an_interrupted_cell_may_finish_its_step_unless_somebody_is_impatient(no
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_kernel_that_is_told_to_stop_stops_the_run(notebook, number, code):
-    small = notebook('import os, signal\nfrom scilm_adapt.runs import Stopped, stop_gently\nwith stop_gently() as wished:\n'
+    small = notebook('import os, signal\nfrom scilm_adapt.errors import Stopped, stop_gently\nwith stop_gently() as wished:\n'
                      f'    os.kill(os.getpid(), {int(number)})\n    raise Stopped(wished[0])', DONE)
     done = subprocess.run([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True, capture_output=True,
                           preexec_fn=listen)
@@ -262,7 +264,7 @@ def test_a_kernel_that_is_told_to_stop_stops_the_run(notebook, number, code):
 
 
 def test_output_streams_and_a_bar_is_stored_once(notebook):
-    small = notebook('from scilm_adapt.runs import progress\nimport time\nprint("now", flush=True)\n'
+    small = notebook('from scilm_adapt.errors import progress\nimport time\nprint("now", flush=True)\n'
                      'for _ in progress(range(25), "bar"): time.sleep(.1)\nprint(time.time())', DONE)
     process = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -9,11 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scilm_adapt import contrast
 from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss, embed, retrieval, train, views, weighted_sum
+from scilm_adapt.errors import InputError
+from scilm_adapt.files import read_json, write_text
 from scilm_adapt.models import tiny, weights_hash
 from scilm_adapt.pairs import Pairs, pair_maker
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
-from scilm_adapt.runs import InputError, Run, read_json, write_text
+from scilm_adapt.runs import Run
 from scilm_adapt.tokens import encode_document, pack
 from scilm_adapt.training import fit, lm_loss
 

@@ -23,8 +23,8 @@ from scilm_adapt.decoding import (
     repetition,
     sample,
 )
+from scilm_adapt.errors import InputError
 from scilm_adapt.models import families
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import pad
 
 

@@ -21,12 +21,13 @@ from scilm_adapt.distill import (
 )
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.endpoint import Endpoint
+from scilm_adapt.errors import InputError
 from scilm_adapt.guards import Collapse
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.rollouts import OnPolicy, on_policy_batches
-from scilm_adapt.runs import InputError, Run
+from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
 from scilm_adapt.training import lm_loss, micro_batches, target_states

@@ -29,8 +29,8 @@ from scilm_adapt.divergence import (
     slope_of,
     sparse_loss,
 )
+from scilm_adapt.errors import InputError
 from scilm_adapt.models import hidden_states, logits_of
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import train_tokenizer
 
 INF = math.inf

@@ -25,7 +25,7 @@ from scilm_adapt.duplicates import (
     texts_in,
     words,
 )
-from scilm_adapt.runs import InputError
+from scilm_adapt.errors import InputError
 
 ALPHABETS = dict(en='abcdefghijklmnopqrstuvwxyz', ru='абвгдежзийклмнопрстуфхцчшщъыьэюя')
 PAIRS = 250

@@ -29,13 +29,13 @@ from scilm_adapt.endpoint import (
     text_request,
     usage_of,
 )
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
 from scilm_adapt.instruct import answers_of, ask_teacher, build, preamble, write_reading
 from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.papers import OUTCOMES
 from scilm_adapt.remote import remote_targets
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import control_tokens, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scilm_adapt import evaluate
+from scilm_adapt.errors import InputError
 from scilm_adapt.evaluate import (
     METRICS,
     PAIRS,
@@ -23,11 +24,12 @@ from scilm_adapt.evaluate import (
     signed,
     summarise,
 )
+from scilm_adapt.files import read_json
 from scilm_adapt.instruct import Chats
 from scilm_adapt.intervals import verdict
 from scilm_adapt.models import LanguageModel, tiny
 from scilm_adapt.papers import Corpus
-from scilm_adapt.runs import InputError, Run, read_json
+from scilm_adapt.runs import Run
 from scilm_adapt.tokens import document_ends, encode, pack
 
 TEXTS = ['Heat flows from warm bodies to cold ones.', 'Light is a wave, and light is a particle: both of them at once.',

@@ -13,12 +13,13 @@ from scilm_adapt import contrast, distill
 from scilm_adapt.alignment import PLAIN as TEMPLATE
 from scilm_adapt.decoding import DECODERS, reads_on
 from scilm_adapt.divergence import head_of
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import respond, stream
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import ENDLESS, LanguageModel, distance, habits, hidden_states, load, logits_of, raw_states, save
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preflight import preflight
-from scilm_adapt.runs import InputError, Run
+from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher
 from scilm_adapt.tokens import documents_in, encode_document, pack, pad, train_tokenizer
 from scilm_adapt.training import document_nats, lm_loss

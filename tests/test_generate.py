@@ -7,9 +7,9 @@ from world import BABBLE, loud, prompts_of
 
 from scilm_adapt import decoding
 from scilm_adapt.decoding import DECODERS
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import Answer, chat_prompt, continuations, halt_ids, respond, stop_ids, stream, to_answer
 from scilm_adapt.models import families, tiny
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import DOCUMENT_END, TURN_END, TURN_START, control_tokens, document_ends, encode, pad
 
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from world import exact, sentence
 
 from scilm_adapt import geometry
+from scilm_adapt.errors import InputError
 from scilm_adapt.geometry import alignment, isotropy, probe, similarities, similarity_figure, token_contrast, token_pairs, uniformity
 from scilm_adapt.models import hidden_states, tiny
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import encode_documents, pack
 from scilm_adapt.training import fit, lm_loss, micro_batches
 

@@ -16,6 +16,8 @@ from datasets import load_from_disk
 from scilm_adapt import instruct
 from scilm_adapt.duplicates import Evaluation
 from scilm_adapt.endpoint import Endpoint, finished
+from scilm_adapt.errors import InputError
+from scilm_adapt.files import read_json, write_text
 from scilm_adapt.generate import Answer
 from scilm_adapt.instruct import (
     COLUMNS,
@@ -43,7 +45,7 @@ from scilm_adapt.instruct import (
 from scilm_adapt.mining import kinds, mine
 from scilm_adapt.models import LanguageModel, save, tiny
 from scilm_adapt.papers import OUTCOMES, SPLITS, Corpus, split
-from scilm_adapt.runs import InputError, Run, read_json, write_text
+from scilm_adapt.runs import Run
 from scilm_adapt.tokens import TURN_END, control_tokens, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from scilm_adapt.errors import InputError
 from scilm_adapt.intervals import (
     difference_interval,
     rate_difference_interval,
@@ -14,7 +15,6 @@ from scilm_adapt.intervals import (
     seeds_interval,
     verdict,
 )
-from scilm_adapt.runs import InputError
 
 
 def documents(seed: int, size: int = 300) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from scilm_adapt.divergence import head_of
+from scilm_adapt.errors import InputError
 from scilm_adapt.models import (
     LanguageModel,
     adopt_chat,
@@ -36,7 +37,6 @@ from scilm_adapt.models import (
     tiny,
     weights_hash,
 )
-from scilm_adapt.runs import InputError
 from scilm_adapt.teacher import LiveTeacher
 from scilm_adapt.tokens import encode_document, end_of_turn, laid_out, pack, pad
 from scilm_adapt.training import target_states

@@ -16,6 +16,7 @@ from test_training import in_two
 from torch import distributed
 from world import exact
 
+from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, families, tiny
 from scilm_adapt.pairs import (
     POOLINGS,
@@ -41,7 +42,6 @@ from scilm_adapt.pairs import (
     views,
 )
 from scilm_adapt.papers import document
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import encode_document, pack, train_tokenizer
 from scilm_adapt.training import fit, lm_loss, micro_batches
 

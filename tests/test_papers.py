@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from scilm_adapt import cli
 from scilm_adapt.duplicates import fingerprint
-from scilm_adapt.files import SEEN
+from scilm_adapt.errors import InputError
+from scilm_adapt.files import SEEN, read_json
 from scilm_adapt.papers import (
     OUTCOMES,
     SPLITS,
@@ -33,7 +34,7 @@ from scilm_adapt.papers import (
     to_record,
     words_of,
 )
-from scilm_adapt.runs import InputError, Run, read_json
+from scilm_adapt.runs import Run
 
 HEAT = 'Heat flows from warm bodies to cold bodies, and it never flows back by itself, as everyone has seen who leaves a cup of hot tea.'
 ТЕПЛО = ('Теплота переходит от тёплых тел к холодным и никогда сама собой не идёт обратно: это видел всякий, кто оставлял на столе '

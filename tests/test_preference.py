@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from world import exact
 
 from scilm_adapt import preference as module
+from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, logits_of, tiny
 from scilm_adapt.preference import (
     CORRUPTIONS,
@@ -35,7 +36,7 @@ from scilm_adapt.preference import (
     shape,
     token_nats,
 )
-from scilm_adapt.runs import InputError, Run, rng
+from scilm_adapt.runs import Run, rng
 from scilm_adapt.tokens import encode_document
 from scilm_adapt.training import fit, micro_batches
 

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from world import changed, conversation, exact, sentence
 
 from scilm_adapt.alignment import PLAIN, AlignedTeacher, common_tokens
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond, stop_ids
 from scilm_adapt.models import LanguageModel, build, tiny
 from scilm_adapt.preflight import (
@@ -25,7 +26,6 @@ from scilm_adapt.preflight import (
     rendered,
     teacher_advantage,
 )
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import encode_chat, train_tokenizer
 
 torch.set_num_threads(1)

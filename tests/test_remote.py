@@ -14,10 +14,10 @@ import torch
 from scilm_adapt.alignment import token_bytes
 from scilm_adapt.divergence import head_of
 from scilm_adapt.endpoint import Endpoint, Word, chat_request, heard
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
 from scilm_adapt.models import LanguageModel, hidden_states, load, tiny
 from scilm_adapt.remote import kept_words, lay, lexicon, met, remote_targets
-from scilm_adapt.runs import InputError
 from scilm_adapt.teacher import LiveTeacher, addresses, build_cache, open_cache
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, target_states

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 
 from scilm_adapt import files, report, runs
 from scilm_adapt.evaluate import summarise
+from scilm_adapt.files import read_json, write_json
 from scilm_adapt.models import load, tiny, weights_hash
 from scilm_adapt.papers import Corpus
-from scilm_adapt.runs import Run, read_json, write_json
+from scilm_adapt.runs import Run
 
 NAMES = ('base', 'contrast', 'distilled', 'teacher')
 HOSTILE = '</dd><script>alert(1)</script>\n```\n# heading\n| a | b |\n<img src=x onerror=alert(1)>'

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from scilm_adapt import rollouts
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids
 from scilm_adapt.models import tiny
 from scilm_adapt.rollouts import OnPolicy, Replay, Rollout, contrast_weight, documents_in, on_policy_batches, roll_out, sources
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import TURN_END, TURN_START, batch_rows, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss, micro_batches
 

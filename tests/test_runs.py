@@ -17,30 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt import files, runs
-from scilm_adapt.runs import (
+from scilm_adapt.errors import InputError, Stopped, progress, stop_gently
+from scilm_adapt.files import (
     Damaged,
-    InputError,
-    Run,
-    Stopped,
     check_space,
     content_hash,
     file_hash,
     hashed,
-    key_of,
-    lock,
-    progress,
     read_json,
     read_manifest,
-    rng,
     seal,
-    stage,
-    stop_gently,
-    survey,
-    unlock,
     verified,
     write_json,
     write_text,
 )
+from scilm_adapt.runs import Run, key_of, lock, rng, stage, survey, unlock
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 JSON = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=5)
@@ -175,14 +166,14 @@ def test_bytes_are_hashed_once_and_then_only_when_their_file_changed(tmp_path, m
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and time of before: what changed is the entry's own time
     with pytest.raises(Damaged, match='result.txt has other content'): verified(folder)
     file.write_bytes(b'all of it')
-    (folder/runs.SEEN).write_text('{"spoilt": ')
+    (folder/files.SEEN).write_text('{"spoilt": ')
     assert verified(folder)
 
 
 def test_a_folder_for_reading_only_is_read(tmp_path):
     folder = stage(Run(tmp_path), 'model', {}, writer([]))
-    (folder/runs.SEEN).unlink(missing_ok=True)
-    (folder/runs.SEEN).mkdir()  # nothing can be written there
+    (folder/files.SEEN).unlink(missing_ok=True)
+    (folder/files.SEEN).mkdir()  # nothing can be written there
     assert verified(folder)
 
 
@@ -239,7 +230,7 @@ for version in range(10**6):
 KILLED_SWAP = '''
 import sys
 from pathlib import Path
-from scilm_adapt.runs import staged_folder
+from scilm_adapt.files import staged_folder
 final = Path(sys.argv[1])/'model'
 def fill(folder, text):
     for number in range(3000): (folder/f'part-{number}').write_text(text)
@@ -250,7 +241,7 @@ with staged_folder(final) as folder:
 '''
 KILLED_FILE = '''
 import sys
-from scilm_adapt.runs import write_json
+from scilm_adapt.files import write_json
 print('ready', flush=True)
 for version in range(10**6): write_json(sys.argv[1] + '/result.json', dict(values=[version]*50_000))
 '''
@@ -350,7 +341,8 @@ def in_another(folder: Path, settings: dict | None = None, then: str = '') -> su
     "Another process that builds a stage, and says 'built', or why not."
     script = f'''
 import sys, time
-from scilm_adapt.runs import InputError, Run, stage, write_text
+from scilm_adapt.files import write_text
+from scilm_adapt.runs import InputError, Run, stage
 try: stage(Run(sys.argv[1]), 'other', {{}}, lambda folder: write_text(folder/'x', 'y'))
 except InputError as error: print(error, flush=True)
 else: print('built', flush=True)
@@ -472,9 +464,9 @@ def test_a_deep_survey_sees_what_the_file_system_did_not_tell(tmp_path, monkeypa
     file = tmp_path/'tokens'/'deep'/'result.txt'
     assert verified(tmp_path/'tokens')
     file.write_bytes(b'all of iT')
-    known = json.loads((tmp_path/'tokens'/runs.SEEN).read_text())
+    known = json.loads((tmp_path/'tokens'/files.SEEN).read_text())
     for entries in known.values(): entries['deep/result.txt'] = files.stamp(file)  # a bit that the disk lost by itself
-    (tmp_path/'tokens'/runs.SEEN).write_text(json.dumps(known))
+    (tmp_path/'tokens'/files.SEEN).write_text(json.dumps(known))
     assert states(tmp_path)['tokens'] == 'done' and states(tmp_path, deep=True)['tokens'] == 'broken'
 
 
@@ -483,7 +475,7 @@ def test_a_stage_that_is_done_costs_a_moment(tmp_path, monkeypatch):
     build = lambda folder: (folder/'weights').write_bytes(bytes(10**6))
     stage(Run(tmp_path), 'model', {}, build)
     stage(Run(tmp_path), 'model', {}, build)
-    of, read = runs.file_hash, []
+    of, read = files.file_hash, []
     monkeypatch.setattr(files, 'file_hash', lambda path: (read.append(path.name), of(path))[1])
     stage(Run(tmp_path), 'model', {}, build)
     assert 'weights' not in read

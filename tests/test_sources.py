@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt import reading
+from scilm_adapt.errors import InputError
 from scilm_adapt.reading import Refused, Row
-from scilm_adapt.runs import InputError
 from scilm_adapt.sources import expand, format_of, formats, members, refusals, rows
 from scilm_adapt.tables import hub_rows
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt import tables
+from scilm_adapt.errors import InputError
 from scilm_adapt.papers import build, count_table, find_fields, read, refused, to_record
 from scilm_adapt.reading import Refused, Row
-from scilm_adapt.runs import InputError
 from scilm_adapt.sources import format_of, formats, forms_table, rows
 from scilm_adapt.tables import papers_in, plain_name, text_of, unfolded, usual_fields, value_at
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from scilm_adapt.divergence import Head, common_rows, dense_loss, divergences, head_of
+from scilm_adapt.errors import InputError
+from scilm_adapt.files import read_json, write_json
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, logits_of, tiny
-from scilm_adapt.runs import InputError, read_json, write_json
 from scilm_adapt.teacher import (
     CachedTeacher,
     LiveTeacher,

@@ -15,12 +15,12 @@ from transformers.utils import chat_template_utils
 from scilm_adapt import instruct
 from scilm_adapt.alignment import answer_places
 from scilm_adapt.endpoint import Endpoint, ask, send
+from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
 from scilm_adapt.instruct import answers_of, ask_teacher, user_ids, write_answers, write_magpie, write_reading
 from scilm_adapt.models import LanguageModel, build, load, save
 from scilm_adapt.preflight import preflight
 from scilm_adapt.remote import lay, lexicon, remote_targets
-from scilm_adapt.runs import InputError
 from scilm_adapt.tokens import (
     CHATML,
     DAY,

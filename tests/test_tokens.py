@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from scilm_adapt.runs import InputError, Run
+from scilm_adapt.errors import InputError
+from scilm_adapt.runs import Run
 from scilm_adapt.tokens import (
     CHATML,
     batch_rows,

@@ -24,8 +24,9 @@ from test_checkpoints import ended, forked
 from torch.nn import functional as F
 
 from scilm_adapt.checkpoints import Checkpoints
+from scilm_adapt.errors import InputError, Stopped
+from scilm_adapt.files import verified
 from scilm_adapt.models import LanguageModel, hidden_states, load, logits_of, save, tiny, weights_hash
-from scilm_adapt.runs import InputError, Stopped, verified
 from scilm_adapt.tokens import batch_rows, encode_document, pack
 from scilm_adapt.training import (
     Trackers,

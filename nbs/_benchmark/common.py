@@ -16,8 +16,8 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
+from scilm_adapt.files import write_json
 from scilm_adapt.models import LanguageModel, build, load, parameter_count, save
-from scilm_adapt.runs import write_json
 from scilm_adapt.tokens import train_tokenizer
 
 # (hidden, layers, heads); 'large' is the model of at least 5 million weights whose steps are held against the machine.

@@ -24,8 +24,8 @@ from common import WARM, Peak, in_turns, main, open_model, prepare, summary, trl
 
 from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss
 from scilm_adapt.decoding import contrastive_search, sample
+from scilm_adapt.files import read_json
 from scilm_adapt.pairs import pair_batch, pair_loss
-from scilm_adapt.runs import read_json
 from scilm_adapt.tokens import USEFUL, Packed, pack
 from scilm_adapt.training import fit
 

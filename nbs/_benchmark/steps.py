@@ -24,9 +24,9 @@ from common import WARM, Peak, in_turns, main, open_model, prepare, summary, trl
 
 from scilm_adapt.distill import distil_loss
 from scilm_adapt.divergence import chunked_loss
+from scilm_adapt.files import read_json
 from scilm_adapt.generate import sample
 from scilm_adapt.models import LanguageModel
-from scilm_adapt.runs import read_json
 from scilm_adapt.teacher import LiveTeacher, addresses, build_cache
 from scilm_adapt.tokens import Packed, pack
 from scilm_adapt.training import fit, lm_loss
