@@ -481,9 +481,9 @@ NOTICE = re.compile(
     r'|(?-i:\((?:As Provided|Authors?|AUTHORS?|AU|Au|ERIC|Author/\w{2,4})\))'
     r'|[\[(](?:Authors?[’\']?s?[’\']? abstract|Abstract by (?:the )?authors?)\.?[\])]|\(Copyright applies to all Abstracts\.?\)'
     rf'|\(Contains \d+ {THINGS}(?:(?:,? and|,|;) ?\d+ {THINGS})*\.?\))\.?\s*$', re.IGNORECASE)
-BOILERPLATE = ('(c)', 'rights', 'copyright', 'publish', 'open access', 'open-access', 'keyword', 'key word', 'index term', 'truncated', 'pages',
-               'msc', 'subject class', 'pacs', 'jel', 'acm', 'comment', 'udc', 'abstract', 'summary', 'doi:', 'doi.org', 'doi 10', 'supplementa',
-               'contact:', 'permissions')
+BOILERPLATE = ('(c)', 'rights', 'copyright', 'publish', 'open access', 'open-access', 'keyword', 'key word', 'index term', 'truncated',
+               'pages', 'msc', 'subject class', 'pacs', 'jel', 'acm', 'comment', 'udc', 'abstract', 'summary', 'doi:', 'doi.org', 'doi 10',
+               'supplementa', 'contact:', 'permissions')
 FOREIGN = ('©', 'ключевые', 'прав', 'удк', 'ббк', 'аннотация', 'резюме', 'реферат')
 CLOSED = ('from author', 'from the author', 'from publisher', 'database record', 'as provided)', '(contains', '(author', '[author', '(au)',
           '(eric)', 'copyright applies', 'abstract by', 'abstract)')
