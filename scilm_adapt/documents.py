@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLLECTION', 'ABSTRACTS', 'RAW', 'PIECE', 'PIECE_AT', 'MARKS', 'STRUCTURE', 'HARD', 'OPEN', 'MATHEMATICS', 'TESTS',
-           'USUAL', 'ACTS', 'BUILDING', 'DROPPED', 'HEADINGS', 'ABSTRACT', 'WORDS', 'LEADING', 'SIGNS', 'NAMING',
-           'DECLARED', 'read_markdown', 'LATEX_FORMS', 'MARKDOWN_FORM', 'TEXT_FORM', 'formats', 'titled', 'parted',
-           'whole_text', 'read_text', 'headed', 'markdown_fields', 'Unreadable', 'document_reader', 'pieces', 'Macro',
-           'unmarked', 'Tape', 'Expansion', 'written_out', 'inside', 'spans', 'prose', 'latex_fields', 'Shelf',
-           'shelf_of', 'main_of', 'beside', 'read_latex', 'read_helper']
+           'USUAL', 'ACTS', 'BUILDING', 'DROPPED', 'HEADINGS', 'ABSTRACT', 'WORDS', 'LEADING', 'FONTS', 'SIGNS',
+           'KEY_WORDS', 'NAMING', 'DECLARED', 'read_markdown', 'LATEX_FORMS', 'MARKDOWN_FORM', 'TEXT_FORM', 'formats',
+           'titled', 'parted', 'whole_text', 'read_text', 'headed', 'markdown_fields', 'Unreadable', 'document_reader',
+           'pieces', 'Macro', 'unmarked', 'Tape', 'Expansion', 'written_out', 'inside', 'spans', 'prose',
+           'latex_fields', 'Shelf', 'shelf_of', 'main_of', 'beside', 'read_latex', 'read_helper']
 
 # %% ../nbs/05_documents.ipynb #54f9e270
 import os
@@ -434,6 +434,7 @@ def _new_theorem(tape: Expansion) -> bool:
 # %% ../nbs/05_documents.ipynb #d0c5000d
 # Commands of classes and packages, by what they stand for.
 USUAL = r'''
+\newcommand\ackname{Acknowledgments} \newcommand\abstractname{Abstract} \newcommand\refname{References}
 \newcommand\foreignlanguage[2]{#2} \newcommand\enquote[1]{“#1”} \newcommand\texorpdfstring[2]{#1} \newcommand\lettrine[3][]{#2#3}
 \newcommand\IEEEPARstart[2]{#1#2} \newcommand\dropcap[1]{#1} \newcommand\PARstart[2]{#1#2} \newcommand\bmhead[1]{\section*{#1}}
 \NewDocumentCommand\paragraph{s m}{\par\textbf{#2} } \NewDocumentCommand\subparagraph{s m}{\par\textbf{#2} }
@@ -585,7 +586,7 @@ _BUILDING = {
          'toappear terms IEEEpubid IEEEspecialpapernotice IEEEcompsocitemizethanks IEEEauthorblockN IEEEauthorblockA udk udc UDK UDC '
          'editors communicated support runningtitle runningauthor runninghead Affiliation Address Email institution department '
          'markright nocite selectlanguage setmainfont setdefaultlanguage setotherlanguage authors emails linespread settopmatter '
-         'abstractname excludecomment newtoggle',
+         'abstractname excludecomment newtoggle acks submitto runtitle',
     '[{': 'title address affiliation altaffiliation thanks date ead cortext fntext tnotetext corref fnref tnoteref subjclass ccsdesc '
           'received revised accepted published documentclass documentstyle authornotemark bibitem pacs editor todo declaretheorem '
           'footnotetext affiliations email',
@@ -609,6 +610,8 @@ LEADING = re.compile(r'\\(?:(?:sub)*section|chapter|part|title|abstract|keywords
                      r'|\\begin\s*\{(?:[aA]bstract|keywords?|IEEEk)')
 
 # %% ../nbs/05_documents.ipynb #d0c50012
+FONTS = set('tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge bfseries itshape scshape upshape mdseries rmfamily '
+            'sffamily ttfamily normalfont bf it rm sf tt sc sl em boldmath raggedright selectfont'.split())
 SIGNS = {'\\': '\n', **dict.fromkeys(' ,;:>', ' '), **dict.fromkeys('!/-@', ''), '\n': ' '}  # \\, blanks, and what only moves letters
 
 
@@ -641,9 +644,14 @@ def spans(node: object, without: Collection[str], mathematics: bool = False) -> 
     "Where something lies in a LaTeX node that is no text, as (begin, end, what comes instead)."
     name, mathematics = _name_of(node), mathematics or hasattr(node, 'displaytype') or _name_of(node).rstrip('*') in MATHEMATICS
     if _built(node, without): yield node.pos, node.pos + node.len, '\n\n' if name == 'par' else ' '*(name in DROPPED)
+    elif name in FONTS and not mathematics: yield node.pos, node.pos + node.len, ''
     elif name in SIGNS and not mathematics: yield node.pos, node.pos + node.len, SIGNS[name]
     else:
+        braces = not mathematics and getattr(node, 'delimiters', None) == ('{', '}')
+        font = braces and _name_of(next(iter(inside(node)), None)) in FONTS  # {\bf heat}
+        if font: yield node.pos, node.pos + 1, ''
         for child in inside(node): yield from spans(child, without, mathematics)
+        if font: yield node.pos + node.len - 1, node.pos + node.len, ''
 
 
 def prose(text: str, nodes: Iterable, without: Collection[str] = BUILDING) -> str:
@@ -673,9 +681,14 @@ def _argument(node: object) -> list:
     return node.nodelist if hasattr(node, 'environmentname') else inside(inside(node)[-1])
 
 
+KEY_WORDS = re.compile(r'(?:^|(?<=\n))[^\n\w]*(?:\\[a-z]+[ {]*)?(?:Key ?words(?: and phrases)?|Index terms|Ключевые слова)'
+                       r'[\s:.}\\/—-]+([^\n]{3,400})', re.IGNORECASE)
+
+
 def _key_words(text: str) -> list[str]:
     "Key words out of what classes and authors part in many ways; without classes of subjects."
-    text = re.split(r'\\(?:PACS|MSC|JEL)\b|\b(?:PACS|MSC)\b', re.sub(r'\\kwd\b', ';', text))[0]
+    text = re.sub(r'\\kwd\b(?:\[[^\]]*\])?', ';', re.sub(r'^\s*\[[^\]]*\]', '', text))
+    text = re.split(r'\\(?:PACS|MSC|JEL)\b|\b(?:PACS|MSC)\b', text)[0]
     words = re.split(r'[;,\n]|\\(?:and|sep|cdot|textperiodcentered|bullet|newline)\b|\s---?\s|[·•]', text.replace('$', ''))
     return [word for word in (word.strip(' {}.\\') for word in words) if word]
 
@@ -699,17 +712,22 @@ def latex_fields(text: str, follow: Callable[[str], str] = lambda name: '') -> d
         name = _name_of(node)
         kind = 'title' if name == 'title' else 'words' if name in WORDS else 'abstract' if name in ABSTRACT else ''
         if kind and inside(node): found.setdefault(kind, []).append(_argument(node))
+        held = [part for part in inside(node) if kind == 'abstract' and _name_of(part) in WORDS and inside(part)]
+        if held: found.setdefault('words', []).extend(map(_argument, held))
     for node in body:
         if _name_of(node) in HEADINGS and inside(node): parts.append((prose(text, _argument(node)), []))
         elif _name_of(node) in ABSTRACT: parts[0] = ('', []) if len(parts) == 1 else parts[0]  # before it stand the authors
         else: parts[-1][1].append(node)
     abstracts = [prose(text, part) for part in found.get('abstract', [])]
     sections = [(heading, prose(text, taken)) for heading, taken in parts]
-    sections[0] = ('', _front_gone(sections[0][1]))
+    words = [_key_words(part) for part in (prose(text, part, {'thanks'}) for part in found.get('words', [])) if 'class=' not in part]
+    front = _front_gone(sections[0][1])
+    if said := KEY_WORDS.search(front): words, front = [*words, _key_words(said[1])], (front[:said.start()] + front[said.end():]).strip()
+    sections[0] = ('', front)
     sections[1:1] = [('Abstract', more) for more in abstracts[1:]]  # in another language
     title = next((' '.join(prose(text, part, {*BUILDING, 'footnote'}).split()) for part in found.get('title', [])), '')
     return headed(sections, title, abstracts[0] if abstracts else '', topics=[],
-                  keywords=[word for part in found.get('words', [])[:1] for word in _key_words(prose(text, part, {'thanks'}))])
+                  keywords=words[0] if words else [])
 
 # %% ../nbs/05_documents.ipynb #d0c50016
 @dataclass(frozen=True)
