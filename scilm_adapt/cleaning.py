@@ -234,7 +234,7 @@ NAMED = dict(ne='≠', eg='e.g.', ie='i.e.', etal='et al.', etc='etc.', degree='
              centering='', maketitle='', big='', Big='', bigg='', Bigg='', bigl='', bigr='', limits='', nolimits='', displaystyle='')
 FONTS = r'\\(?:it|bf|em|tt|sc|rm|sf|sl|cal|itshape|bfseries|scshape|ttfamily|tiny|small|footnotesize|normalsize|large|Large)(?![a-zA-Z])'
 ITEMS = 'itemize enumerate description compactitem compactenum'.split()  # each of whose items begins a line itself
-INLINE = 'small em it bf footnotesize large sloppypar center flushleft'.split()  # environments that end no line
+INLINE = 'small em it bf footnotesize large sloppypar'.split()  # environments that end no line
 
 GLUED = re.compile('(emph|text(?:bf|it|tt|sc|rm|sf|sl)|math(?:cal|rm|bf|bb|frak)|(?:wide)?(?:tilde|hat)|sqrt|cite[pt]?|begin|end)(.+)')
 
@@ -331,6 +331,7 @@ def commands(text: str) -> str:
         if re.search(r'\\[a-zA-Z]*(?:cite|ref|label)', text): text = CITED.sub('', text)
         text = re.sub(r"(?<=[^\W\d_])\\'(?=[st](?![^\W\d_]))", "'", text)  # don\'t and it\'s
         text = re.sub(r'(?<![^\W\d_])\\"([^"{\\][^"\\]{0,200})\\"(?![a-zA-Z{])', r'"\1"', text)  # \"quoted\" by a program
+        if '\\begin' in text: text = re.sub(rf'(\\begin\{{(?:{"|".join(ITEMS)})\}})\s*\[[^\[\]\n]{{0,200}}\]', r'\1', text)
         if '\\item' in text: text = re.sub(r'\\item\s*\[([^\[\]]{0,200})\]', lambda m: f"\n- {m[1]}{':'*m[1][-1:].isalpha()} ", text)
         text = ACCENT.sub(accent, text)
         text = re.sub(rf'\{{\s?{FONTS}\s*((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}', lambda m: m[1].removesuffix('\\/'), text)
@@ -481,9 +482,9 @@ NOTICE = re.compile(
     r'|(?-i:\((?:As Provided|Authors?|AUTHORS?|AU|Au|ERIC|Author/\w{2,4})\))'
     r'|[\[(](?:Authors?[’\']?s?[’\']? abstract|Abstract by (?:the )?authors?)\.?[\])]|\(Copyright applies to all Abstracts\.?\)'
     rf'|\(Contains \d+ {THINGS}(?:(?:,? and|,|;) ?\d+ {THINGS})*\.?\))\.?\s*$', re.IGNORECASE)
-BOILERPLATE = ('(c)', 'rights', 'copyright', 'publish', 'open access', 'open-access', 'keyword', 'key word', 'index term', 'truncated', 'pages',
-               'msc', 'subject class', 'pacs', 'jel', 'acm', 'comment', 'udc', 'abstract', 'summary', 'doi:', 'doi.org', 'doi 10', 'supplementa',
-               'contact:', 'permissions')
+BOILERPLATE = ('(c)', 'rights', 'copyright', 'publish', 'open access', 'open-access', 'keyword', 'key word', 'index term', 'truncated',
+               'pages', 'msc', 'subject class', 'pacs', 'jel', 'acm', 'comment', 'udc', 'abstract', 'summary', 'doi:', 'doi.org', 'doi 10',
+               'supplementa', 'contact:', 'permissions')
 FOREIGN = ('©', 'ключевые', 'прав', 'удк', 'ббк', 'аннотация', 'резюме', 'реферат')
 CLOSED = ('from author', 'from the author', 'from publisher', 'database record', 'as provided)', '(contains', '(author', '[author', '(au)',
           '(eric)', 'copyright applies', 'abstract by', 'abstract)')
