@@ -38,7 +38,7 @@ import yaml
 from safetensors.torch import load_file
 
 import scilm_adapt
-from scilm_adapt import contrast, distill, evaluate, files, guards, instruct, models, running
+from scilm_adapt import contrast, distill, evaluate, files, guards, instruct, models, running, runs
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.errors import InputError, Stopped, on_signals
 from scilm_adapt.files import Damaged, read_json, verified, write_json
@@ -437,7 +437,7 @@ def notebooks(world: World, count: int) -> dict:
         about = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
         (notebook := folder/'small.ipynb').write_text(json.dumps(dict(cells=parts, metadata=about, nbformat=4, nbformat_minor=5)))
         before = 'an earlier success' if n % 2 else None
-        if before: files.write_text(folder/'out'/'run.ipynb', before)
+        if before: files.write_own(Run(folder/'out').folder, 'run.ipynb', before)
         process = child(world, folder, partial(running.run_notebook, notebook, dict(out_dir=str(folder/'out')), folder/'out')).end()
         kinds[how] += 1
         if process.code != CODES[how]: wrong.append(f'{how}: ended with {process.code}: {process.text[-500:]}')
@@ -493,7 +493,7 @@ def timed(seconds: Counter):
         undo.callback(setattr, module, name, real)
     with ExitStack() as undo:
         count(Checkpoints, 'save')
-        for name in ('seal', 'verified', 'sync', 'key_of'): count(runs, name)
+        for module, name in ((runs, 'seal'), (runs, 'verified'), (runs, 'key_of'), (files, 'sync')): count(module, name)
         yield
 
 

@@ -593,7 +593,7 @@ def test_the_name_decides_only_what_the_content_leaves_open(start, name, wanted)
 
 
 def test_the_module_is_light_to_import():
-    program = ('import sys, scilm_adapt.sources\nheavy = {"datasets", "pyarrow", "lxml", "rispy", "bibtexparser", "pylatexenc", "torch", '
+    program = ('import sys, scilm_adapt.sources\nheavy = {"datasets", "pyarrow", "lxml", "bibtexparser", "pylatexenc", "torch", '
                '"zstandard", "charset_normalizer", "yaml"} & set(sys.modules)\nassert not heavy, heavy')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
