@@ -71,6 +71,10 @@ def instruct(arguments: list[str]) -> int:
                         "OpenAI's protocol, as http://127.0.0.1:8000/v1#name-of-the-model (default: no teacher)")
     parser.add_argument('--price', metavar=('IN', 'OUT'), nargs=2, type=float, default=(0.0, 0.0), help='of a million tokens read and '
                         'written by the server, to show the cost')
+    parser.add_argument('--template-options', metavar='TEXT', default='', help="of the teacher's chat template, parted by blanks, as "
+                        "'enable_thinking=false'")
+    parser.add_argument('--thoughts', metavar='N', type=int, default=0, help='tokens that the teacher may think in before each answer; '
+                        'they are no part of it (default: %(default)s)')
     parser.add_argument('--kinds', metavar='KIND', nargs='+', default=[], help='kinds of conversation (default: all)')
     parser.add_argument('--written', metavar='N', type=int, default=500, help='papers the teacher writes about (default: %(default)s)')
     parser.add_argument('--decontaminate', metavar='FILE', nargs='+', default=[], help='evaluation files whose texts must not be in it')
@@ -79,10 +83,14 @@ def instruct(arguments: list[str]) -> int:
     from scilm_adapt.endpoint import parse_endpoint
     from scilm_adapt.instruct import build
     from scilm_adapt.models import load, teacher_dtype
+    from scilm_adapt.tokens import set_options
     teacher = options.teacher
-    if teacher and '://' in teacher: teacher = replace(parse_endpoint(teacher), prices=tuple(options.price))
-    elif teacher: teacher = load(teacher, dtype=teacher_dtype())
-    report = build(options.papers, options.out, teacher, kinds=' '.join(options.kinds), written=options.written,
+    if teacher and '://' in teacher:
+        teacher = replace(parse_endpoint(teacher), prices=tuple(options.price), options=options.template_options)
+    elif teacher:
+        teacher = load(teacher, dtype=teacher_dtype())
+        set_options([teacher.tokenizer], options.template_options)
+    report = build(options.papers, options.out, teacher, kinds=' '.join(options.kinds), written=options.written, thoughts=options.thoughts,
                    evaluation=options.decontaminate, seed=options.seed)
     print(f'\nscilm: {report["total"]["kept"]:,} conversations in {options.out}; what was left out and why: report.json there')
     return 0

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'NO_LOGPROBS', 'Endpoint', 'parse_endpoint', 'connect', 'told', 'alive', 'named', 'unreachable',
-           'chat_request', 'text_request', 'defuse', 'finished', 'appending', 'Usage', 'usage_of', 'said', 'one',
-           'send', 'answered', 'ask', 'to_answer', 'Word', 'heard']
+           'chat_request', 'text_request', 'defuse', 'parsed_row', 'finished', 'check_answers', 'appending', 'Usage',
+           'usage_of', 'said', 'one', 'send', 'answered', 'ask', 'to_answer', 'Word', 'heard']
 
 # %% ../nbs/24_endpoint.ipynb #373f38bd
 import json
 import math
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -124,18 +125,32 @@ def defuse(text: str) -> str:
     return CONTROL.sub(lambda found: found[0] + ' ', text)
 
 # %% ../nbs/24_endpoint.ipynb #8e7744eb
+def parsed_row(line: str | bytes) -> dict:
+    "The object that a line of JSON Lines holds; {} for any other line."
+    try: row = json.loads(line)
+    except ValueError: return {}
+    return row if isinstance(row, dict) else {}
+
+
 def finished(file: str | Path) -> dict[str, dict]:
     "The answers in a file of `appending`, by the hash of what was asked; lines that are torn, changed, or tell of an error are left out."
     rows, changed = {}, 0
     if not Path(file).exists(): return rows
     with open(file, encoding='utf-8', errors='replace', newline='\n') as lines:
         for line in lines:
-            try: row = json.loads(line)
-            except ValueError: row = None
-            if not (isinstance(row, dict) and 'key' in row and hashed(row) == row): changed += line.endswith('\n')
+            row = parsed_row(line)
+            if not ('key' in row and hashed(row) == row): changed += line.endswith('\n')
             elif 'text' in row: rows[row['key']] = {name: value for name, value in row.items() if name != 'hash'}
     if changed: print(f'  {file}: {changed} lines are not what was written, and are asked again', flush=True)
     return rows
+
+
+def check_answers(file: Path) -> None:
+    "InputError for a file that is there and holds no answer of ours; a single line that broke off is moved aside, not cut off."
+    if not file.exists() or not (text := file.read_bytes()): return
+    if b'\n' not in text: os.replace(file, file.with_name(f'{file.name}.torn-{secrets.token_hex(4)}'))
+    elif not any(hashed(row) == row for row in map(parsed_row, text.split(b'\n')[:-1]) if row):
+        raise InputError(f'{file} holds no answers of a teacher, so nothing is added to it; give another file.')
 
 
 @contextmanager
@@ -144,6 +159,7 @@ def appending(file: str | Path | None) -> Iterator:
     if file is None:
         yield lambda row: None
         return
+    check_answers(Path(file))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with open(file, 'ab+') as lines:
         lines.seek(0)

@@ -381,6 +381,7 @@ def load(source: str | Path, device: torch.device | str | None = None, dtype: to
 def save(lm: LanguageModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     "Write model and tokenizer to `folder` as safetensors (in `dtype`, if given), with the tokens at which generation stops."
     folder = Path(folder)
+    if (folder/'config.json').exists(): raise InputError(f'{folder} holds a model already; give another folder, or remove that one first.')
     stops = {document_ends(lm.tokenizer)[1]} | ({end_of_turn(lm.tokenizer)} if lm.tokenizer.chat_template else set())
     lm.model.generation_config = GenerationConfig(eos_token_id=sorted(stops), pad_token_id=lm.tokenizer.pad_token_id,
                                                   bos_token_id=lm.tokenizer.bos_token_id)
