@@ -85,8 +85,8 @@ def test_no_source_takes_forever_or_fills_the_memory(source):
 
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from([*r'{}[]$%#~ ', *r'\x \y \newcommand \def \let \begin{a} \end{a} \iffalse \fi \else'.split(), '\n\n',
-                                 'heat', 'тепло', '{\\x}', '[1]', '#1', r'\section', r'\abstract', r'\item', r'\xspace', r'\verb|', r'\input']),
-                max_size=25).map(''.join))
+                                 'heat', 'тепло', '{\\x}', '[1]', '#1', r'\section', r'\abstract', r'\item', r'\xspace', r'\verb|',
+                                 r'\input']), max_size=25).map(''.join))
 def test_any_source_is_read_or_refused_in_a_sentence(source):
     for found in read_here(formats['latex'].read, source):
         assert isinstance(found, Row) or 'cannot be parsed' in found.reason
@@ -182,14 +182,16 @@ Heat flows. \section{Method}We wait.\end{document}''', 'Heat', 'We heat.', [], {
                 {'Abstract': 'We show heat.', 'Введение': '«Тепло» течёт (Всегда.).'}),
     'no document': (r'\title{Heat}\maketitle Heat flows. \section{Why}Nobody \emph{knows}.', 'Heat', 'Heat flows.', [],
                     {'Why': 'Nobody knows.'}),
-    'keywords in the abstract, fonts, a box': (r'''\documentclass{llncs}\begin{document}\twocolumn[\title{\LARGE \bf Heat\\ of {\huge glass}}
+    'keywords in the abstract, fonts, a box': (r'''\documentclass{llncs}\begin{document}
+\twocolumn[\title{\LARGE \bf Heat\\ of {\huge glass}}
 \author{A\inst{1}\and B}\institute{U\\\email{a@b}}\maketitle\begin{abstract}\small\noindent We {\em heat}. \keywords{heat \and cold.}
 \end{abstract}]\section{\centering Intro}{\it See} it.\begin{credits}\subsubsection{\ackname} T\end{credits}''',
         'Heat of glass', 'We heat.', ['heat', 'cold'], {'Intro': 'See it.', 'Acknowledgments': 'T'}),
     'key words as a paragraph': (r'''\documentclass{x}\begin{document}\title{Heat}\begin{abstract}We heat.\end{abstract}
 \noindent{\it Keywords\/}: heat, cold\submitto{J}\maketitle\section{Intro}Text.\end{document}''',
                                  'Heat', 'We heat.', ['heat', 'cold'], {'Intro': 'Text.'}),
-    'lists, listings, algorithms': (r'''\begin{document}\section{Method}First:\begin{itemize}[label=(\roman*)]\item Heat.\item Wait.\end{itemize}Then
+    'lists, listings, algorithms': (r'''\begin{document}
+\section{Method}First:\begin{itemize}[label=(\roman*)]\item Heat.\item Wait.\end{itemize}Then
 \begin{lstlisting}
 x = {'%' # $
 \end{lstlisting}
