@@ -49,9 +49,10 @@ class LanguageModel:
         return context_of(self.model.config) or min(int(most), ENDLESS)
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
+def context_of(config: PreTrainedConfig | None) -> int | None:
     "The most tokens that a model of this configuration was built for; None if it names none."
-    named = (getattr(config.get_text_config(), name, None) for name in ('max_position_embeddings', 'max_seq_len', 'seq_length'))
+    text = config and config.get_text_config()
+    named = (getattr(text, name, None) for name in ('max_position_embeddings', 'max_seq_len', 'seq_length'))
     return next((number for number in named if number), None)
 
 

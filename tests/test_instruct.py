@@ -254,7 +254,8 @@ def test_a_passage_is_whole_sentences_and_of_a_long_paper_from_anywhere():
 def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher):
     asker = taught('Does heat flow always?', 'Does heat flow at night?')
     for teacher in (asker, random_teacher):
-        papers = [paper for paper in many(12) if paper['text']] + [dict(id='empty', title='T', text='')]
+        # so many that what a machine's arithmetic makes of chance leaves enough whole ones
+        papers = [paper for paper in many(24) if paper['text']] + [dict(id='empty', title='T', text='')]
         chats, usage = write(teacher, papers)
         assert [chat['paper_id'] for chat in chats] == [paper['id'] for paper in papers[:-1]]
         assert usage.prompt_tokens > 0 and usage.completion_tokens > 0

@@ -61,7 +61,7 @@ def checks(lines: list[dict], ok: bool) -> list[str]: return [line['check'] for 
 def test_preflight_shows_a_table_and_passes(student, teacher, capsys):
     lines = preflight(student, teacher, context=128)
     table = capsys.readouterr().out
-    assert all(line['ok'] and not line['remedy'] and line['check'] in table for line in lines) and table.count(' ok\n') == len(lines) == 8
+    assert all(line['ok'] and not line['remedy'] and line['check'] in table for line in lines) and table.count(' ok\n') == len(lines) == 11
     assert '<|im_end|> (2)' in table and '128 tokens' in table
     for role in ('student', 'teacher'):
         assert f'the {role} reads: <|im_start|>user⏎What is heat?<|im_end|>⏎<|im_start|>assistant⏎⟦Heat is motion.<|im_end|>⟧⏎' in table
@@ -72,6 +72,7 @@ OTHER_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['rol
 ENDLESS = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
 STRICT = "{% if messages[0]['role'] == 'user' %}{{ raise_exception('no questions here') }}{% endif %}"
 MUTE = "{% for message in messages if message['role'] == 'user' %}{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+FAMILY = ['packed rows', 'output head', 'answers']
 CHAT = ['an example', 'end of turn']
 
 
@@ -157,8 +158,8 @@ def test_what_is_learnt_is_marked_and_long_texts_are_shortened(student):
 def test_without_a_teacher_only_the_student_is_looked_at(student, capsys):
     lines = preflight(student, None, context=64)
     assert {line['teacher'] for line in lines} == {''} and 'teacher' not in capsys.readouterr().out
-    assert checks(lines, True) == ['vocabulary', 'control tokens', 'end of text, padding', 'an example', 'prompt', 'end of turn',
-                                    'context', 'memory']
+    assert checks(lines, True) == ['vocabulary', 'control tokens', 'end of text, padding', 'an example', 'prompt', 'end of turn', 'context',
+                                   *FAMILY, 'memory']
     with pytest.raises(InputError, match='at most 128'): preflight(student, None, context=256)
     with pytest.raises(InputError, match=r"'student' has no chat template; set tokenizer.chat_template = alignment.PLAIN, or .*fix=True"):
         preflight(changed(student, chat_template=None), None)
@@ -168,7 +169,7 @@ def test_another_tokenizer_is_looked_at_in_another_way(student, stranger, capsys
     lines = preflight(student, stranger, context=64)
     found = {line['check']: line for line in lines}
     assert list(found) == ['vocabulary', 'control tokens', 'end of text, padding', 'an example', 'prompt', 'end of turn',
-                           'keeps all bytes', 'tokens in common', 'context', 'memory']
+                           'keeps all bytes', 'tokens in common', 'context', *FAMILY, 'memory']
     common = len(common_tokens(student.tokenizer, stranger.tokenizer).own)
     assert found['tokens in common']['student'] == f'{common/len(student.tokenizer.get_vocab()):.0%}'
     assert found['tokens in common']['teacher'] == f'{common/len(stranger.tokenizer.get_vocab()):.0%}'
