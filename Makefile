@@ -10,7 +10,7 @@ VERSION_CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("scilm_adap
 	+ sys.version.split()[0] + ": name a newer one, as in `make PYTHON=python3.12 run`.")
 
 .DEFAULT_GOAL := help
-.PHONY: help run test faults docs lab export clean
+.PHONY: help run test faults machines docs lab export clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -25,13 +25,16 @@ test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at 
 	@rm -f .coverage .coverage.*
 	@$(COVERAGE) tests/run_notebooks.py
 	@echo '== tests'
-	@$(COVERAGE) -m pytest -n 2 --dist loadfile
+	@$(COVERAGE) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@echo '== lines of scilm_adapt run by notebooks and tests together'
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --fail-under=90
 
 faults: $(INSTALLED)  ## kill, spoil and fill up 250 small runs, and renew the table in the documentation: about half an hour
 	@$(BIN)/python tests/faults.py --full
+
+machines: $(INSTALLED)  ## the tests as other processors compute, in ten settings: hours, never in CI
+	@$(BIN)/python tests/machines.py
 
 docs: $(INSTALLED)  ## the site as plain files in _docs, without Quarto
 	@echo '== site'
