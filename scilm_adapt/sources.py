@@ -22,7 +22,7 @@ from .reading import DAMAGE, MARKS, Format, Opened, Refused, Row, begins, compre
 from .tables import hub_rows, is_dataset, is_spreadsheet, is_table, read_dataset
 
 # %% ../nbs/08_sources.ipynb #a514fa94
-formats = tables.formats | markup.formats | exports.formats | documents.formats  # the first whose `looks` fits decides
+formats = tables.formats | exports.formats | markup.formats | documents.formats  # the first whose `looks` fits decides
 UNPACK = 'unpack it and give the files'
 refusals = {
     'pdf': 'a PDF; convert it to text first, for example with pdftotext or GROBID', 'zip': f'an archive inside an archive; {UNPACK}',

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
+from world import loud
 
 from scilm_adapt import __version__, cli, running
 from scilm_adapt.checkpoints import Checkpoints, Settings
@@ -367,9 +368,9 @@ def test_shipped_notebook_and_presets_agree():
 
 @pytest.fixture(scope='module')
 def model_folder(tmp_path_factory):
-    from scilm_adapt.models import save, tiny
+    from scilm_adapt.models import save
     folder = tmp_path_factory.mktemp('run')
-    save(tiny(context=128), folder/'models'/'distilled')
+    save(loud(context=128), folder/'models'/'distilled')
     return folder
 
 

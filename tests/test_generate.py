@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from world import BABBLE, loud, prompts_of
 
 from scilm_adapt import decoding
-from scilm_adapt.decoding import DECODERS
+from scilm_adapt.decoding import DECODERS, reads_on
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import Answer, chat_prompt, continuations, halt_ids, respond, stop_ids, stream, to_answer
 from scilm_adapt.models import families, tiny
@@ -53,6 +53,7 @@ def scripted(monkeypatch):
         lm = loud(**sizes)
         names = lm.tokenizer.convert_tokens_to_ids
         ids = [i for token in tokens for i in ([names(token)] if token in control_tokens(lm.tokenizer) else lm.tokenizer.encode(token))]
+        reads_on(lm.model)  # which asks the model a few things, for once before it says what it is told to say
         lm.model.lm_head = Script(lm.model.lm_head, ids, 0)
         return lm, ids
     return make

@@ -14,6 +14,7 @@ from transformers.utils import chat_template_utils
 
 from scilm_adapt import instruct
 from scilm_adapt.alignment import answer_places
+from scilm_adapt.decoding import reads_on
 from scilm_adapt.endpoint import Endpoint, ask, send
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
@@ -420,6 +421,7 @@ class Script(torch.nn.Module):
 def saying(lm: LanguageModel, text: str) -> LanguageModel:
     "The model with a head that says `text`, whatever is asked."
     lm = replace(lm, model=copy.deepcopy(lm.model))
+    reads_on(lm.model)  # which asks the model a few things, for once before it says what it is told to say
     lm.model.lm_head = Script(lm.model.lm_head, ids_of(lm, text))
     return lm
 
