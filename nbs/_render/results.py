@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from scilm_adapt import report
-from scilm_adapt.runs import read_json, write_json, write_text
+from scilm_adapt.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT/'nbs'/'results'
