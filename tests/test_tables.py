@@ -556,7 +556,7 @@ def test_every_form_is_read_from_its_example(tmp_path, kind, form):
     found = read(file, strict=True)
     assert found and all(record['text'] or record['sections'] for record in found)
     assert bool(form.title) == all(record['title'] for record in found)
-    elsewhere = form.sections.startswith(('sections, body_text', 'of its metadata'))  # where there are some, which this example need not have
+    elsewhere = form.sections.startswith(('sections, body_text', 'of its metadata'))  # an example need not have any
     assert elsewhere or bool(form.sections) <= any(record['sections'] for record in found)
     if kind in tables.formats: assert format_of(form.example if isinstance(form.example, bytes) else form.example.encode()) == kind
 
