@@ -67,7 +67,7 @@ def forms_table(formats: dict[str, Format]) -> str:
     lines = [[name, form.name, form.title, form.text, form.sections, form.id, beginning(form.example)]
              for name, kind in formats.items() for form in kind.forms]
     return tabulate([[cell.replace('|', '\\|') for cell in line] for line in lines],
-                    ['format', 'form', 'title', 'text', 'sections', 'id', 'tested with'], tablefmt='github', disable_numparse=True)
+                    ['format', 'form', 'title', 'text', 'sections', 'id', 'tested with'], tablefmt='pipe', disable_numparse=True)
 
 # %% ../nbs/08_sources.ipynb #8d08a673
 OUTPUTS = {'quarantine.jsonl', 'removed.jsonl', 'report.json', 'manifest.json'}  # what we write ourselves, which is no source
