@@ -453,3 +453,12 @@ def test_instruct_makes_a_data_set_of_papers(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path/'chats'/'report.json').read_text())
     assert sum(map(len, chats.values())) == report['total']['kept'] > 100 and f"scilm: {report['total']['kept']:,} conversations" in said
     assert set(chats['train']['kind']) == {'title', 'terms'} and [m['role'] for m in chats['train'][0]['messages']] == ['user', 'assistant']
+
+
+def test_options_of_a_teachers_template_reach_it(tmp_path, capsys):
+    texts = [dict(title=f'Heat {n}', abstract=f'Heat flows from body {n} to others. ' * 4) for n in range(60)]
+    (tmp_path/'papers.jsonl').write_text(''.join(json.dumps(text) + '\n' for text in texts))
+    assert cli.main(['papers', str(tmp_path/'papers.jsonl'), '-o', str(tmp_path/'papers')]) == 0
+    command = ['instruct', str(tmp_path/'papers'), '-o', str(tmp_path/'chats'), '--teacher', 'zoo:teacher', '--template-options']
+    assert cli.main([*command, 'enable_thinking=false']) == 2
+    assert 'No chat template reads the option enable_thinking' in capsys.readouterr().err and not (tmp_path/'chats').exists()

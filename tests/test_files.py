@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from scilm_adapt import files, papers, runs
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.cli import main
+from scilm_adapt.endpoint import appending, finished
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import check_apart, check_free, look, seal, staged_folder, target_folder, verified, write_own, write_text
 from scilm_adapt.instruct import build as instruct
+from scilm_adapt.models import save, tiny
 from scilm_adapt.runs import Run, stage
+from scilm_adapt.teacher import begin_cache
 
 SUBJECTS = ('heat', 'light', 'sound', 'salt', 'iron', 'rain', 'glass', 'soil', 'wind', 'ice')
 ABSTRACT = ('We measure how {0} moves through {1} in the long winter of a northern town. The flow of {0} grows with the depth of {1}, '
@@ -360,3 +363,38 @@ def test_check_free_says_what_is_there(tmp_path):
     assert check_free(tmp_path/'new') == tmp_path/'new' and check_free(tmp_path) == tmp_path
     write_text(tmp_path/'a'/'b', 'x')
     with pytest.raises(InputError, match='is not empty, and a in it was not made by scilm: nothing was touched'): check_free(tmp_path)
+
+
+# --- writers of the package that are not commands -----------------------------------------------------------------------------------
+
+def test_a_model_is_not_saved_over_another(tmp_path):
+    lm = tiny(hidden=32, layers=1)
+    save(lm, tmp_path/'model')
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match='holds a model already'): save(lm, tmp_path/'model')
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize('text, refused', [('years of work\n', True), ('{"a": 1}\n{"b": 2}', True), ('[1]\n\n', True),
+                                           ('no end', False), ('', False)])
+def test_answers_are_added_only_to_a_file_of_answers(tmp_path, text, refused):
+    file = tmp_path/'answers.jsonl'
+    file.write_text(text)
+    if refused:
+        with pytest.raises(InputError, match='answers.jsonl holds no answers of a teacher'), appending(file): pass
+        assert file.read_text() == text
+        return
+    for number in (1, 2):
+        with appending(file) as append: append(dict(key=str(number), text='heat'))
+    file.write_text(file.read_text() + '{"key": "3", "te')  # killed within a line
+    with appending(file) as append: append(dict(key='4', text='light'))
+    assert sorted(finished(file)) == ['1', '2', '4']
+    assert [path.read_text() for path in tmp_path.glob('answers.jsonl.torn-*')] == ([text] if text else [])
+
+
+def test_a_cache_of_targets_takes_no_folder_of_somebody_else(tmp_path):
+    write_text(tmp_path/'shard-00000.bin', 'years of work')
+    with pytest.raises(InputError, match='shard-00000.bin in it was not made by scilm'): begin_cache(tmp_path, dict(made={}))
+    begin_cache(tmp_path/'new', dict(made={}, shards={}))
+    begin_cache(tmp_path/'new', dict(made={}, shards={}))
+    assert os.listdir(tmp_path/'new') == ['targets.json']
