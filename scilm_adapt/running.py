@@ -316,6 +316,7 @@ def run_notebook(notebook: str | Path, parameters: dict[str, object], folder: st
     notebook, folder = Path(notebook), Path(folder)
     parameters = check_parameters(parameters, read_parameters(notebook), 'parameters')
     Run(folder)
+    check_own(folder, 'run.ipynb', 'run.failed.ipynb')
     sweep(folder/UNFINISHED/'notebook')
     work = new_aside(folder/UNFINISHED/'notebook')
     try:

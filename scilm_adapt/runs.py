@@ -73,8 +73,7 @@ def first_rank() -> bool:
 # %% ../nbs/02_runs.ipynb #95764d30
 STAGES = ('corpus', 'tokens', 'preferences', 'chats', 'targets', 'evaluation', 'figures',
           *(f'models/{name}' for name in ('base', 'teacher', 'contrast', 'distilled', 'distilled-good')))
-FILES = ('report.md', 'report.html', 'metrics.json', 'run.ipynb', 'run.failed.ipynb',
-         *(f'{name}/README.md' for name in STAGES if name.startswith('models/')))
+FILES = ('report.md', 'report.html', 'metrics.json', *(f'{name}/README.md' for name in STAGES if name.startswith('models/')))
 
 
 def check_run(folder: Path) -> None:

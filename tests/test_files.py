@@ -253,7 +253,8 @@ def test_evaluation_files_are_sources_too(source, made, tmp_path, monkeypatch, c
     assert os.listdir('exam') == ['papers.jsonl']
 
 
-IN_THE_WAY = [*runs.FILES, *runs.STAGES, *(f'{name}/mine.txt' for name in runs.STAGES), runs.LOCK, files.LEDGER, 'models']
+IN_THE_WAY = ['run.ipynb', 'run.failed.ipynb', *runs.FILES, *runs.STAGES, *(f'{name}/mine.txt' for name in runs.STAGES), runs.LOCK,
+              files.LEDGER, 'models']
 
 
 @pytest.mark.parametrize('name', IN_THE_WAY)
@@ -398,3 +399,9 @@ def test_a_cache_of_targets_takes_no_folder_of_somebody_else(tmp_path):
     begin_cache(tmp_path/'new', dict(made={}, shards={}))
     begin_cache(tmp_path/'new', dict(made={}, shards={}))
     assert os.listdir(tmp_path/'new') == ['targets.json']
+
+
+def test_papermill_may_write_its_notebook_into_the_run_folder(tmp_path):
+    write_text(tmp_path/'run.ipynb', '{}')  # papermill writes it, again and again, from the beginning
+    small_stage(str(tmp_path))
+    assert (tmp_path/'run.ipynb').read_text() == '{}'

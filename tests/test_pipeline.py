@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scilm_adapt import contrast, distill, evaluate, instruct, models, report
+from scilm_adapt import contrast, distill, evaluate, instruct, models, report, runs
 from scilm_adapt.papers import prepare
 from scilm_adapt.runs import Run
 
@@ -68,6 +68,11 @@ def test_every_family_goes_all_the_way(family, texts, tmp_path):
             assert numbers[metric]['low'] <= numbers[metric]['value'] <= numbers[metric]['high']
         again = AutoModelForCausalLM.from_pretrained(run.folder/'models'/name)
         assert again.config.model_type == family and list((run.folder/'models'/name).glob('*.safetensors'))
+    for path in run.folder.rglob('*'):  # a run says beforehand what it writes, so that it can refuse what is in the way
+        name = path.relative_to(run.folder).as_posix()
+        known = name.startswith(('.scilm.', *(f'{stage}/' for stage in runs.STAGES))) or name in (*runs.FILES, *runs.STAGES, 'models')
+        assert known, name
+    assert Run(run.folder).folder == run.folder  # and nothing of it is in its own way
         assert AutoTokenizer.from_pretrained(run.folder/'models'/name).chat_template
     trained = metrics['models']['contrast']['science_bpb']['value'], metrics['models']['base']['science_bpb']['value']
     assert trained[0] < trained[1]  # three steps from random weights are enough to see it learn
