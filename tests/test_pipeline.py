@@ -68,12 +68,12 @@ def test_every_family_goes_all_the_way(family, texts, tmp_path):
             assert numbers[metric]['low'] <= numbers[metric]['value'] <= numbers[metric]['high']
         again = AutoModelForCausalLM.from_pretrained(run.folder/'models'/name)
         assert again.config.model_type == family and list((run.folder/'models'/name).glob('*.safetensors'))
+        assert AutoTokenizer.from_pretrained(run.folder/'models'/name).chat_template
     for path in run.folder.rglob('*'):  # a run says beforehand what it writes, so that it can refuse what is in the way
         name = path.relative_to(run.folder).as_posix()
         known = name.startswith(('.scilm.', *(f'{stage}/' for stage in runs.STAGES))) or name in (*runs.FILES, *runs.STAGES, 'models')
         assert known, name
     assert Run(run.folder).folder == run.folder  # and nothing of it is in its own way
-        assert AutoTokenizer.from_pretrained(run.folder/'models'/name).chat_template
     trained = metrics['models']['contrast']['science_bpb']['value'], metrics['models']['base']['science_bpb']['value']
     assert trained[0] < trained[1]  # three steps from random weights are enough to see it learn
 
