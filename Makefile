@@ -18,7 +18,7 @@ help:  ## this list
 run: $(INSTALLED)  ## adapt a small model with the quickstart preset: a few minutes on two cores, results in outputs/quickstart
 	@$(BIN)/scilm run -f nbs/presets/quickstart.yaml -o outputs/quickstart
 
-test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at most fifteen minutes
+test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at most twenty-five minutes
 	@echo '== generated files'
 	@$(BIN)/python tests/in_sync.py
 	@echo '== notebooks'
