@@ -64,7 +64,8 @@ def forms_table(formats: dict[str, Format]) -> str:
         text = example[:40].decode('latin-1') if isinstance(example, bytes) else example[:200]
         text = ''.join(sign if sign.isprintable() else ' ' for sign in text)
         return '`' + ' '.join(text.replace('|', ' ').replace('`', "'").split())[:60] + '…`'
-    lines = [[name, form.name, form.title, form.text, form.sections, form.id, beginning(form.example)]
+    def coded(cell: str) -> str: return re.sub(r'\\[A-Za-z]+(?:\{[^{}]*\})*', r'`\g<0>`', cell)  # commands of LaTeX are no text of the page
+    lines = [[name, form.name, *map(coded, (form.title, form.text, form.sections, form.id)), beginning(form.example)]
              for name, kind in formats.items() for form in kind.forms]
     return tabulate([[cell.replace('|', '\\|') for cell in line] for line in lines],
                     ['format', 'form', 'title', 'text', 'sections', 'id', 'tested with'], tablefmt='pipe', disable_numparse=True)

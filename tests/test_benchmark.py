@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from scilm_adapt.files import staged_folder
 from scilm_adapt.models import hidden_states, logits_of, save
 
 FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
@@ -32,7 +33,7 @@ def sharp(tmp_path_factory) -> Path:
     steps.prepare(folder := tmp_path_factory.mktemp('sharp'), small=True)
     lm = steps.open_model(folder, 'student')
     with torch.no_grad(): [weight.mul_(6) for weight in lm.model.parameters() if weight.ndim > 1]
-    save(lm, folder/'student')
+    with staged_folder(folder/'student') as aside: save(lm, aside)
     return folder
 
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
-from scilm_adapt.files import write_json
+from scilm_adapt.files import staged_folder, write_json
 from scilm_adapt.models import LanguageModel, build, load, parameter_count, save
 from scilm_adapt.tokens import train_tokenizer
 
@@ -37,7 +37,7 @@ def prepare(folder: Path, small: bool = False) -> dict:
     for seed, name in enumerate(('student', 'teacher', 'large')):
         hidden, layers, heads = shapes[name]
         lm = build(tokenizer, 'llama', hidden, layers, heads, 512, seed)
-        save(lm, folder/name)
+        with staged_folder(folder/name) as aside: save(lm, aside)  # those of an earlier call are replaced
         sizes[name] = parameter_count(lm.model)
     write_json(folder/'shapes.json', shapes)
     return sizes
