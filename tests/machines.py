@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
             said, seconds = run(tests, setting, Path(hooks))
             counts = {word: int(number) for number, word in re.findall(r'(\d+) (passed|failed|error)', said.splitlines()[-1])}
             wrong = re.findall(r'^(?:FAILED|ERROR) (\S+)', said, re.MULTILINE)
+            if not counts and not wrong: wrong = [f'no count of tests was printed: {said[-500:]}']  # killed, or told to say less
             if not asked:
                 told, more = run([sys.executable, 'tests/run_notebooks.py'], setting, Path(hooks))
                 wrong, seconds = wrong + re.findall(r'^\t(\S+\.ipynb)$', told, re.MULTILINE), seconds + more
