@@ -6,7 +6,7 @@
 __all__ = ['USUAL', 'FEWEST', 'HIGH', 'NATS', 'STEEP', 'target_states', 'exact', 'lm_loss', 'micro_batches', 'schedule',
            'LossModule', 'adamw', 'muon', 'set_seed', 'in_training', 'add_gradients', 'Progress', 'out_of_memory',
            'gradients', 'bad_numbers', 'stop_or_skip', 'Trackers', 'trackers_of', 'parts_of', 'step_of',
-           'accelerator_for', 'fit', 'keep_history', 'lora', 'has_adapters', 'merge_adapters', 'document_nats']
+           'accelerator_for', 'fit', 'keep_history', 'document_nats']
 
 # %% ../nbs/16_training.ipynb #46b4eb13
 import gc
@@ -277,7 +277,7 @@ def accelerator_for(device: torch.device, precision: str | None, trackers: Track
 def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps: int, *, learning_rate: float, seed: int = 0,
         micro_batch: int | None = None, optimizers: Callable = adamw, clip: float = 1.0, precision: str | None = None,
         description: str = 'training', gradient_checkpointing: bool = False,
-        after: Callable[[int, nn.Module], dict | None] | None = None, checkpoints: Checkpoints | None = None,
+        on_step_end: Callable[[int, nn.Module], dict | None] | None = None, checkpoints: Checkpoints | None = None,
         state: dict[str, object] | None = None, records_at: Callable[[int], list[str]] | None = None, skip_bad: int = 0,
         least_rows: int = 1, trackers: Trackers = Trackers()) -> list[dict]:
     """Train `model` in place for `steps` and return the history, one dictionary a step.
@@ -285,7 +285,7 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
     `batch_at(step)` gives the whole batch, on all devices the same; `loss(model, batch)` a dictionary with 'loss' whose sum over
     micro-batches is the loss of the batch. `micro_batch` is the number of rows computed at once, halved down to `least_rows` when the
     memory does not suffice; `clip` limits the gradient's norm; `optimizers` is `adamw` or `muon`; `precision` one of Accelerate's ('no',
-    'bf16', 'fp16'; None = the best for the device). `after(step, model)` is called when a step is done, and may raise to stop; numbers
+    'bf16', 'fp16'; None = the best for the device). `on_step_end(step, model)` may raise to stop; numbers
     it returns join that step's history. From the newest of `checkpoints` it goes on; `state` {name: what has state_dict() and
     load_state_dict()} is kept in them, too. FloatingPointError, naming the step and `records_at(step)`, for bad numbers, unless at most
     `skip_bad` steps have them. Stopped, with a checkpoint of the last step, for a signal. `trackers` are told every step's history.
@@ -308,7 +308,7 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
             row = step_of(accelerator, module, chosen, batch := batch_at(step), so_far, limit, seed, skip, least_rows, description)
             so_far.tokens, so_far.seconds = so_far.tokens + int(batch['count']), so_far.seconds + time.perf_counter() - start
             so_far.history.append(row | dict(tokens_per_second=so_far.tokens/so_far.seconds))
-            if after: so_far.history[-1] |= after(step, model) or {}
+            if on_step_end: so_far.history[-1] |= on_step_end(step, model) or {}
             accelerator.log(so_far.history[-1], step=step)
             model.train()
             bar.update()
@@ -322,43 +322,6 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
 def keep_history(folder: Path, history: list[dict]) -> None:
     "Write a training's history to history.json in `folder`; what is not finite, which JSON cannot say, becomes null."
     write_json(folder/'history.json', [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in history])
-
-# %% ../nbs/16_training.ipynb #b126e18d
-def lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int = 0) -> tuple[nn.Module, Callable[[], nn.Module]]:
-    """`model` with adapters of `rank` at all its linear layers but the head, and `merge()`, which makes it a plain model again.
-
-    Both are the given model, changed in place; only the adapters want a gradient. `alpha` is the strength (None: 2*rank), `seed`
-    decides where A begins. InputError for a rank below 1, a model that has adapters already, or when `peft` is missing.
-    """
-    try: from peft import LoraConfig, inject_adapter_in_model
-    except ImportError: raise InputError("LoRA takes the peft package; pip install 'scilm_adapt[lora]'.") from None
-    if rank < 1: raise InputError(f'The rank of LoRA is {rank}; set it to 1 or more (0 adapters are no LoRA at all).')
-    if has_adapters(model): raise InputError('This model has adapters already; merge them before others are added.')
-    wanted = [p.requires_grad for p in model.parameters()]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action='ignore'):  # of what peft finds out and sets right itself
-        torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank if alpha is None else alpha, target_modules='all-linear'), model)
-    for parameter in model.parameters():  # a model in 16 bits learns in 32
-        if parameter.requires_grad: parameter.data = exact(parameter.data)
-    def merge() -> nn.Module:
-        for parameter, want in zip(merge_adapters(model).parameters(), wanted): parameter.requires_grad_(want)
-        return model
-    return model, merge
-
-
-def has_adapters(model: nn.Module) -> bool:
-    "Whether there are LoRA layers in the model."
-    return any(hasattr(module, 'lora_A') for module in model.modules())
-
-
-def merge_adapters(model: nn.Module) -> nn.Module:
-    "Add all LoRA layers to the matrices they stand beside and take them out of `model`, in place; returns the model."
-    for name, layer in [(name, module) for name, module in model.named_modules() if hasattr(module, 'lora_A')]:
-        layer.merge(safe_merge=True)
-        parent, _, last = name.rpartition('.')
-        setattr(model.get_submodule(parent), last, layer.get_base_layer())
-    for leftover in ('peft_config', '_hf_peft_config_loaded'): vars(model).pop(leftover, None)
-    return model
 
 # %% ../nbs/16_training.ipynb #30c09821
 @torch.inference_mode()

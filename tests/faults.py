@@ -38,7 +38,7 @@ import yaml
 from safetensors.torch import load_file
 
 import scilm_adapt
-from scilm_adapt import contrast, distill, evaluate, files, guards, instruct, models, running, runs
+from scilm_adapt import collapse, contrast, distill, evaluate, files, instruct, models, running, runs
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.errors import InputError, Stopped, on_signals
 from scilm_adapt.files import Damaged, read_json, verified, write_json
@@ -208,7 +208,7 @@ def undisturbed(world: World) -> None:
     words = [json.loads(line)['abstract'] for line in Path(world.papers).read_text().splitlines()]
     world.student, world.teacher = (models.tiny(words, 'llama', hidden=hidden, layers=1, context=256) for hidden in (32, 48))
     contrast.Checkpoints = distill.Checkpoints = partial(Told, steps=SAVES)
-    distill.watch = partial(guards.watch, max_new_tokens=8)
+    distill.watch = partial(collapse.watch, max_new_tokens=8)
     found = []
     for _ in range(2):
         place, start = world.place(), time.perf_counter()
@@ -472,7 +472,7 @@ def alone(folder: Path, place: Path) -> None:
     world = World(folder, np.random.default_rng(0), str(folder/'papers.jsonl'), str(folder/'tales.jsonl'))
     words = [json.loads(line)['abstract'] for line in Path(world.papers).read_text().splitlines()]
     world.student, world.teacher = (models.tiny(words, 'llama', hidden=hidden, layers=1, context=256) for hidden in (32, 48))
-    distill.watch = partial(guards.watch, max_new_tokens=8)
+    distill.watch = partial(collapse.watch, max_new_tokens=8)
     pipeline(world, place)
 
 

@@ -79,7 +79,7 @@ def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batc
         def keep(step, model, gradients=gradients): gradients.update({n: p.detach().clone() for n, p in model.named_parameters()})
         def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
         history = fit(model, batch_at, contrast_loss(recipe), 1, learning_rate=1.0, micro_batch=rows, optimizers=descent, clip=1e9,
-                      precision='no', after=keep)
+                      precision='no', on_step_end=keep)
         found.append((history[0], gradients))
     (one, weights), (other, others) = found
     for name in ('loss', 'lm', 'token', 'contrast', 'preference'): assert other[name] == pytest.approx(one[name], rel=1e-10)

@@ -22,7 +22,7 @@ from scilm_adapt.distill import (
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.errors import InputError
-from scilm_adapt.guards import Collapse
+from scilm_adapt.collapse import Collapse
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document

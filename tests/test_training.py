@@ -414,7 +414,7 @@ KINDS = dict(dropout_in_16_bits=dict(family='gpt2', precision='bf16'), muon_shor
              adapters=dict(rank=2))
 
 
-def longer(folder: Path | None, steps: int = 8, pause: float = 0.0, after=None, family: str = 'llama', rank: int = 0, loss=plain_loss,
+def longer(folder: Path | None, steps: int = 8, pause: float = 0.0, on_step_end=None, family: str = 'llama', rank: int = 0, loss=plain_loss,
            kept: Checkpoints | None = None, **options) -> tuple[str, list[dict]]:
     "A training with checkpoints in `folder` after each step; the hash of its weights and its history without the times."
     lm, buffer = model_of(family, layers=1), Buffer()
@@ -424,7 +424,7 @@ def longer(folder: Path | None, steps: int = 8, pause: float = 0.0, after=None, 
         time.sleep(pause)
         buffer.rows.append((buffer.rows[-1]*5 + step) % 7)
         return packed.batch([*batch_rows(len(packed), 3, step, seed=0), buffer.rows[-1]])
-    history = fit(lm.model, batch_at, loss, steps, **dict(learning_rate=3e-3, precision='no') | options, after=after,
+    history = fit(lm.model, batch_at, loss, steps, **dict(learning_rate=3e-3, precision='no') | options, on_step_end=on_step_end,
                   checkpoints=kept or folder and Checkpoints(folder, steps=1), state=dict(buffer=buffer))
     return weights_hash(lm.model), [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in history]
 
@@ -453,7 +453,7 @@ def test_a_checkpoint_that_went_bad_is_not_resumed(tmp_path, capsys, file):
     def stop(step, model):
         if step == 5: raise RuntimeError('dies')
     whole = longer(None)
-    with pytest.raises(RuntimeError): longer(tmp_path, after=stop)
+    with pytest.raises(RuntimeError): longer(tmp_path, on_step_end=stop)
     path = tmp_path/'step-00000005'/file
     content = path.read_bytes()
     path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
@@ -463,7 +463,7 @@ def test_a_checkpoint_that_went_bad_is_not_resumed(tmp_path, capsys, file):
 def test_a_training_that_is_complete_is_not_repeated(tmp_path):
     def never(step, model): raise AssertionError
     whole = longer(tmp_path)
-    assert longer(tmp_path, after=never) == whole
+    assert longer(tmp_path, on_step_end=never) == whole
     with pytest.raises(InputError, match='made with steps=8, and now steps is 9'): longer(tmp_path, steps=9)
 
 
@@ -474,7 +474,7 @@ def test_a_signal_lets_the_step_end_and_keeps_it(tmp_path, number, step):
     def after(at, model):
         reached.append(at)
         if at == step: signal.raise_signal(number)
-    with pytest.raises(Stopped) as stopped: longer(tmp_path, after=after, kept=Checkpoints(tmp_path))
+    with pytest.raises(Stopped) as stopped: longer(tmp_path, on_step_end=after, kept=Checkpoints(tmp_path))
     assert stopped.value.number == number and reached == list(range(step + 1))
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     kept, = Checkpoints(tmp_path).found()
@@ -485,7 +485,7 @@ def test_a_signal_lets_the_step_end_and_keeps_it(tmp_path, number, step):
 def test_a_second_signal_stops_at_once_and_harms_nothing(tmp_path):
     def after(at, model):
         for _ in range(2 if at == 3 else 0): signal.raise_signal(signal.SIGINT)
-    with pytest.raises(Stopped): longer(tmp_path, after=after)
+    with pytest.raises(Stopped): longer(tmp_path, on_step_end=after)
     assert Checkpoints(tmp_path).found()[0].name == 'step-00000003' and longer(tmp_path) == longer(None)
 
 
@@ -497,7 +497,7 @@ def test_without_checkpoints_a_signal_leaves_a_whole_step():
         return plain_loss(model, batch)
     with pytest.raises(KeyboardInterrupt):
         fit(lm.model, lambda step: packed.batch([0, 1]), loss, 9, learning_rate=1e-3,
-            after=lambda *_: hashes.append(weights_hash(lm.model)))
+            on_step_end=lambda *_: hashes.append(weights_hash(lm.model)))
     assert len(hashes) == 3 and weights_hash(lm.model) == hashes[-1]
 
 
@@ -506,7 +506,7 @@ def test_two_processes_go_on_where_both_were(tmp_path):
         whole = longer(None)
         def stop(step, model):
             if step == 4 and rank == 1: signal.raise_signal(signal.SIGTERM)  # one of them hears it, and both stop
-        with pytest.raises(Stopped): longer(tmp_path, after=stop)
+        with pytest.raises(Stopped): longer(tmp_path, on_step_end=stop)
         assert longer(tmp_path) == whole
     in_two(work)
     assert Checkpoints(tmp_path).found()[0].name == 'step-00000008'
@@ -587,10 +587,10 @@ def test_what_is_called_after_a_step_sees_it_done_and_may_stop_it():
         torch.rand(7)
         if step == 3: raise stop
         return dict(seen=step/2) if step else None
-    with pytest.raises(RuntimeError) as found: train(lm, packed, steps=9, after=after)
+    with pytest.raises(RuntimeError) as found: train(lm, packed, steps=9, on_step_end=after)
     assert found.value is stop and [step for step, *_ in seen] == [0, 1, 2, 3] and all(training for *_, training in seen)
     assert weights_hash(lm.model) == seen[-1][1] != seen[-2][1] and not lm.model.training
-    history = train(plain, packed, steps=3, after=lambda step, model: dict(seen=1.5) if step else None)
+    history = train(plain, packed, steps=3, on_step_end=lambda step, model: dict(seen=1.5) if step else None)
     assert ['seen' in row for row in history] == [False, True, True]
 
 
@@ -598,7 +598,7 @@ def test_a_watched_training_is_the_same_as_one_that_is_not():
     hashes = set()
     for after in (None, lambda step, model: model.eval() and None):  # in evaluation mode dropout would be gone
         lm = dropout_model()
-        train(lm, ragged(lm), steps=3, after=after)
+        train(lm, ragged(lm), steps=3, on_step_end=after)
         hashes.add(weights_hash(lm.model))
     assert len(hashes) == 1
 
@@ -610,7 +610,7 @@ def test_trackers_are_told_of_every_step_once_also_where_a_training_goes_on(tmp_
     told = dict(trackers=Trackers(['tensorboard'], tmp_path/'told', dict(margin=0.5, pairs=dict(batch=32))))
     def stop(step, model):
         if step == 5: raise RuntimeError('dies')
-    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), after=stop, **told)  # the last are lost
+    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), on_step_end=stop, **told)  # the last are lost
     found, history = longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), **told)
     assert found == longer(None)[0]
     events = EventAccumulator(str(tmp_path/'told'/'training')).Reload()

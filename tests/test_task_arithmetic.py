@@ -9,7 +9,7 @@ import torch
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, next_probabilities, respond, stop_ids, to_answer
 from scilm_adapt.models import LanguageModel, build, load, logits_of, save
-from scilm_adapt.starts import chat_vector, proxy_nats, proxy_respond, summands
+from scilm_adapt.task_arithmetic import chat_vector, proxy_nats, proxy_respond, summands
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
 from scilm_adapt.tokens import CHATML, TURN_END, TURN_START, encode_chat, train_tokenizer
 from scilm_adapt.training import document_nats

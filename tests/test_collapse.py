@@ -14,7 +14,7 @@ from scilm_adapt.divergence import head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json
 from scilm_adapt.generate import Answer, chat_prompt, halt_ids, respond, stop_ids
-from scilm_adapt.guards import Collapse, Look, answered, collapsed, judged, keep_good, look, rules, suspicious, watch
+from scilm_adapt.collapse import Collapse, Look, answered, collapsed, judged, keep_good, look, rules, suspicious, watch
 from scilm_adapt.models import LanguageModel, build, hidden_states, load, weights_hash
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
@@ -188,7 +188,7 @@ def test_a_healthy_training_is_not_disturbed(able, tmp_path):
     options = dict(learning_rate=1e-2, precision='no')
     fit(plain.model, batch_at, follow(able), 45, **options)
     after = watch(watched, LiveTeacher(able), CHATS, 10, tmp_path/'good', 45, max_new_tokens=16)
-    history = fit(watched.model, batch_at, follow(able), 45, after=after, **options)
+    history = fit(watched.model, batch_at, follow(able), 45, on_step_end=after, **options)
     assert weights_hash(plain.model) == weights_hash(watched.model) == weights_hash(load(tmp_path/'good', 'cpu').model)
     seen = [row['step'] for row in history if 'watch_kl' in row]
     assert seen == [9, 19, 29, 39, 44] and history[-1]['watch_kl'] < 0.5*history[9]['watch_kl'] and history[-1]['watch_stop_rate'] > 0.5
@@ -207,7 +207,7 @@ def test_a_collapse_stops_the_run_and_the_last_good_weights_are_there(able, tmp_
         hashes[step] = weights_hash(model)
         return after(step, model)
     with pytest.raises(Collapse, match=r'collapsed at step 4: the .* to .*; the weights of step 2 are kept in') as found:
-        fit(lm.model, batch_at, follow(able), 9, learning_rate=1e-4, precision='no', after=ruin)
+        fit(lm.model, batch_at, follow(able), 9, learning_rate=1e-4, precision='no', on_step_end=ruin)
     assert str(tmp_path/'good') in str(found.value) and '\n' not in str(found.value)
     assert weights_hash(load(tmp_path/'good', 'cpu').model) == hashes[2] and len(hashes) == 5
     assert [one.step for one in found.value.looks] == [-1, 0, 1, 2, 3, 4] and not lm.model.training
@@ -237,7 +237,7 @@ def test_adapters_are_kept_merged_and_go_on_learning(able, tmp_path):
     adapted, merge = lora(copy.deepcopy(able.model), 2)
     lm = replace(able, model=adapted)
     after = watch(lm, LiveTeacher(able), CHATS, 2, tmp_path/'good', 3, max_new_tokens=8)
-    fit(adapted, batch_at, read, 3, learning_rate=1e-3, precision='no', after=after)
+    fit(adapted, batch_at, read, 3, learning_rate=1e-3, precision='no', on_step_end=after)
     kept, merged = load(tmp_path/'good', 'cpu').model.state_dict(), merge().state_dict()
     assert list(kept) == list(merged) == list(able.model.state_dict())
     assert all(torch.equal(kept[name], merged[name]) for name in kept)
