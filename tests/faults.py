@@ -97,7 +97,7 @@ def pipeline(world: World, folder: Path) -> None:
     run, student, teacher = Run(folder/'main'), world.student, world.teacher
     corpus = prepare(run, world.papers, world.tales)
     steps = dict(steps=STEPS, batch_size=4, context=128, learning_rate=1e-3)
-    scientist = contrast.train(run, student, corpus, contrast_weight=0.1, **steps)
+    scientist = contrast.train(run, student, corpus, pairs_weight=0.1, **steps)
     chats = instruct.prepare(run, corpus, teacher, conversations=24, teacher_answers=2, held_out=4, context=128)
     policy = OnPolicy(max_new_tokens=6, replay=4)
     helper = distill.train(run, scientist, teacher, chats, corpus, on_policy=policy, warm_up=1, watch=3, **steps)
