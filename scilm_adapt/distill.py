@@ -12,13 +12,12 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import recipe as recipes
 from .divergence import REFUSED, Head, dense_loss, head_of, sparse_kinds, sparse_loss
 from .endpoint import Endpoint
 from .errors import InputError, say
@@ -28,7 +27,6 @@ from .instruct import Chats, mine_all
 from .models import LanguageModel, hidden_states, same_vocabulary, weights_hash
 from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
-from .recipe import Task, recipe_of, train_stage
 from .remote import remote_targets
 from .rollouts import OnPolicy, Replay, contrast_weight, fitting, on_policy_batches
 from .runs import Run, stage

@@ -1,4 +1,4 @@
-"""What a stage is told is in one place, and what it depends on in its key; a student is trained in one way; adapters leave a plain model."""
+"""What a stage is told stands in one place; what it depends on is in its key; a student is trained in one way; adapters merge."""
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_a_part_of_a_recipe_may_be_given_by_what_differs():
         recipe_of(contrast.Recipe, vars(RECIPE) | dict(pairs=dict(temprature=1)))
 
 
-@pytest.mark.parametrize('change', [dict(steps=0), dict(batch_size=0), dict(context=1), dict(lora_rank=-1), dict(micro_batch=0),
+@pytest.mark.parametrize('change', [dict(steps=0), dict(batch_size=0), dict(context=1), dict(lora_rank=-1), dict(micro_batch=-1),
                                     dict(context=500), dict(trackers='tensorbord')], ids=str)
 def test_what_no_stage_can_do_is_refused_by_the_name_of_the_field(change):
     with pytest.raises(InputError, match=next(iter(change))): replace(RECIPE, **change).check(model_of(context=64))

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.errors import InputError, Stopped
 from scilm_adapt.files import verified
-from scilm_adapt.models import LanguageModel, hidden_states, logits_of, save, tiny, weights_hash
+from scilm_adapt.models import LanguageModel, hidden_states, logits_of, tiny, weights_hash
 from scilm_adapt.recipe import lora
 from scilm_adapt.tokens import batch_rows, encode_document, pack
 from scilm_adapt.training import (
@@ -609,7 +608,7 @@ def test_trackers_are_told_of_every_step_once_also_where_a_training_goes_on(tmp_
     told = dict(trackers=Trackers(['tensorboard'], tmp_path/'told', dict(margin=0.5, pairs=dict(batch=32))))
     def stop(step, model):
         if step == 5: raise RuntimeError('dies')
-    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), on_step_end=stop, **told)  # the last are lost
+    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), on_step_end=stop, **told)  # none kept
     found, history = longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), **told)
     assert found == longer(None)[0]
     events = EventAccumulator(str(tmp_path/'told'/'training')).Reload()
