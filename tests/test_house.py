@@ -113,6 +113,15 @@ def test_imports_run_one_way(path):
     assert not upward, f'{path.name} may import only from lower numbers, and imports {sorted(upward)}'
 
 
+def test_a_wing_imports_only_from_wings_before_it():
+    wing_of = {name[3:].removesuffix('.ipynb'): number for number, names in enumerate(badges.sidebar(ROOT).values()) for name in names}
+    assert list(badges.WINGS) == list(badges.sidebar(ROOT)), 'each section of the sidebar is explained in the map'
+    for path in NUMBERED:
+        module = ROOT/'scilm_adapt'/f'{module_of(path)}.py'
+        late = {name for name in imported_modules(trees(module)[0]) if wing_of.get(name, 0) > wing_of[module_of(path)]}
+        assert not late, f'{path.name} imports from a later wing: {sorted(late)}'
+
+
 def test_imports_are_seen_in_every_form():
     lines = ['import scilm_adapt.a, os', 'from scilm_adapt.b import x', 'from scilm_adapt import c', 'from torch import nn',
              'def f():', '    from .d import y', '    from . import e']
