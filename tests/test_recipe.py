@@ -13,7 +13,7 @@ from scilm_adapt.errors import InputError, Stopped
 from scilm_adapt.files import read_json
 from scilm_adapt.models import hidden_states, load, logits_of, save, weights_hash
 from scilm_adapt.pairs import Pairs
-from scilm_adapt.recipe import HOW, Recipe, Task, has_adapters, lora, recipe_of, train_stage
+from scilm_adapt.recipe import HOW, Recipe, Task, has_adapters, lora, parameters_of, recipe_of, stage_settings, train_stage
 from scilm_adapt.runs import Run
 from scilm_adapt.tokens import batch_rows
 from scilm_adapt.training import lm_loss
@@ -41,6 +41,32 @@ def test_a_part_of_a_recipe_may_be_given_by_what_differs():
         recipe_of(contrast.Recipe, vars(RECIPE) | dict(pairs_wait=1))
     with pytest.raises(InputError, match="no setting 'temprature'. Did you mean 'temperature'"):
         recipe_of(contrast.Recipe, vars(RECIPE) | dict(pairs=dict(temprature=1)))
+
+
+def cells_of(*sources: str) -> dict:
+    "The names that a notebook of these cells has at its end."
+    names = dict(__name__='notebook')
+    for source in sources: exec(source, names)
+    return names
+
+
+def test_a_notebook_is_told_in_lines_of_python_and_each_stage_hears_its_own():
+    names = cells_of('from scilm_adapt.recipe import settings_of',
+                     "papers: str = 'x'\nbatch_size: int = 8\nseed: int = 0\ncontrast = settings_of('contrast.Recipe')",
+                     'contrast.steps = 7\nseed = 3\ncontrast.pairs.views = ("first",)\ncontrast.batch_size = 4')  # as papermill puts it there
+    config = parameters_of(names)
+    assert config['papers'] == 'x' and config['seed'] == 3 and config['contrast.steps'] == 7 and config['contrast.margin'] == 0.5
+    made = recipe_of(contrast.Recipe, stage_settings(config, 'contrast'))
+    assert made == contrast.Recipe(steps=7, batch_size=4, seed=3, pairs=Pairs(views=('first',)))
+    assert stage_settings(config, 'distil') == dict(batch_size=8, seed=3), 'what both share, and nothing of the other stage'
+
+
+@pytest.mark.parametrize('line, said', [
+    ('contrast.step = 7', "no setting 'step'. Did you mean 'steps'"), ('contrast.pairs.tau = 7', "no setting 'tau'"),
+    ('contrast.pairs = 7', "'pairs' has settings of its own; set one of views, batch")])
+def test_a_line_that_tells_nothing_is_refused_where_it_stands(line, said):
+    with pytest.raises(InputError, match=said):
+        cells_of('from scilm_adapt.recipe import settings_of', "contrast = settings_of('contrast.Recipe')", line)
 
 
 @pytest.mark.parametrize('change', [dict(steps=0), dict(batch_size=0), dict(context=1), dict(lora_rank=-1), dict(micro_batch=-1),
