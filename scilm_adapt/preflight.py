@@ -316,8 +316,8 @@ def answers_and_ends(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     return nats/math.log(2), sizes
 
 
-ANSWERS = Metric('answers and their ends', 'Answers: {model} reads the reference answers and their ends at {value} bits per byte', 'answers',
-                 answers_and_ends)
+ANSWERS = Metric('answers and their ends', 'Answers: {model} reads the reference answers and their ends at {value} bits per byte',
+                 'answers', answers_and_ends)
 
 
 def teacher_advantage(student: LanguageModel, teacher: LanguageModel, chats: list[dict], context: int = 512, seed: int = 0,
@@ -334,8 +334,8 @@ def teacher_advantage(student: LanguageModel, teacher: LanguageModel, chats: lis
     mine, theirs = (ANSWERS.rows(Subject(lm.name, lm, dict(answers=chats), context)) for lm in (student, teacher))
     found = ANSWERS.difference(mine, theirs, seed)
     better = found['verdict'] == 'worse' and len(chats) > 1  # the student is; a single conversation has no spread to judge by
-    result = dict(student=ANSWERS.value(mine), teacher=ANSWERS.value(theirs), difference=found['value'], low=found['low'], high=found['high'],
-                  chats=len(chats), better=better)
+    result = dict(student=ANSWERS.value(mine), teacher=ANSWERS.value(theirs), difference=found['value'], low=found['low'],
+                  high=found['high'], chats=len(chats), better=better)
     interval = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] {ANSWERS.unit} on {len(chats)} held-out answers"
     print(f'  questions about {about}: the teacher is better by {interval}' if better else
           f'  questions about {about}: the teacher is not shown to be better (by {interval}); expect little from it there', flush=True)
