@@ -15,7 +15,6 @@ import numpy as np
 from scipy.stats import binomtest, norm, t
 
 from .errors import InputError
-from .models import LanguageModel
 from .runs import rng
 
 # %% ../nbs/18_intervals.ipynb #53197c81
@@ -94,7 +93,7 @@ class Subject:
     What is found out `once` is not asked again; it is kept where `keep(name, make)` keeps what `make()` gives.
     """
     name: str
-    lm: LanguageModel
+    lm: object                        # a `models.LanguageModel`
     items: dict[str, list[dict]]
     context: int = 512
     max_new_tokens: int = 96

@@ -361,7 +361,7 @@ def check_pairs(dials: Pairs, papers: Sequence[dict]) -> dict[str, list[int]]:
     for view, numbers in found.items():
         if len(numbers) < 2:
             raise InputError(f"There are no pairs of the view '{view}': {'only one' if numbers else 'none'} of the papers {MISSING[view]}, "
-                             f"or leave '{view}' out of Pairs(views=…), or set contrast_weight to 0.")
+                             f"or leave '{view}' out of Pairs(views=…), or set pairs_weight to 0.")
         if dials.hard > (most := min(WINDOW[1], len(numbers) - 1) - WINDOW[0] + 1):
             raise InputError(f'Pairs(hard={dials.hard}) is more than the {max(0, most)} similar papers there are; set hard to that.')
     return found

@@ -17,10 +17,12 @@ import numpy as np
 from .alignment import PLAIN, answer_places, check_lossless, common_tokens
 from .decoding import reads_on
 from .divergence import Head, head_of
+from .endpoint import Endpoint
 from .errors import InputError
 from .generate import answer_bits, chat_prompt, respond
 from .intervals import Metric, Subject
 from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary, shared_vocabulary
+from .remote import local_model
 from .tokens import (control_tokens, document_ends, encode_chat, end_of_turn, mark, named_templates, opening, settled,
                                 written)
 
@@ -131,7 +133,7 @@ def padding_problem(student: LanguageModel) -> str:
 def shares(student: LanguageModel, teacher: LanguageModel) -> dict[str, float] | None:
     "Of either model's tokens, by its name, the share that the other has as well; None where a turn cannot be ended."
     if template_problem(student, teacher, '?'): return None
-    try: pairs = len(common_tokens(student.tokenizer, teacher.tokenizer).own)
+    try: pairs = len(common_tokens(student.tokenizer, teacher.tokenizer).student)
     except InputError: return None
     return dict(student=pairs/len(student.tokenizer.get_vocab()), teacher=pairs/len(teacher.tokenizer.get_vocab()))
 
@@ -293,15 +295,16 @@ def turns_line(student: LanguageModel, chats: list[dict]) -> dict:
     return line | dict(note='' if share >= WARM_UP else 'warm-up needed')
 
 # %% ../nbs/32_preflight.ipynb #7a967b44
-def preflight(student: LanguageModel, teacher: LanguageModel | None, messages: list[dict] = EXAMPLE, context: int = 0, fix: bool = False,
-              chats: list[dict] | None = None) -> list[dict]:
+def preflight(student: LanguageModel, teacher: LanguageModel | Endpoint | None, messages: list[dict] = EXAMPLE, context: int = 0,
+              fix: bool = False, chats: list[dict] | None = None) -> list[dict]:
     """Print and return what stage 2 rests on, a dictionary a line: 'check', 'student', 'teacher', 'ok', 'remedy', 'note'.
 
-    `messages` is a conversation to try the templates on, `context` the length of the rows. Without a teacher (None) only the student
-    is looked at; if the tokenizers differ, the lines are what `alignment.AlignedTeacher` needs. With `fix`, what is safe is repaired
-    in the student's tokenizer first, and said. Held-out `chats`, if given, are asked to see whether the student ends its turns.
-    After the table is printed, a failing line raises InputError with its remedy.
+    `messages` is a conversation to try the templates on, `context` the length of the rows. Without a teacher that
+    is here (None, or a server) only the student is looked at; if the tokenizers differ, the lines are what `alignment.AlignedTeacher`
+    needs. With `fix`, what is safe is repaired in the student's tokenizer first, and said. Held-out `chats`, if given, are asked to
+    see whether the student ends its turns. After the table is printed, a failing line raises InputError with its remedy.
     """
+    teacher = local_model(teacher)
     for sentence in repair(student, teacher) if fix else []: print(f'  repaired: {sentence}')
     lines = preflight_lines(student, teacher, messages, context)
     if chats and all(line['ok'] for line in lines): lines.append(turns_line(student, chats))

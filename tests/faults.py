@@ -38,7 +38,7 @@ import yaml
 from safetensors.torch import load_file
 
 import scilm_adapt
-from scilm_adapt import collapse, contrast, distill, evaluate, files, instruct, models, running, runs
+from scilm_adapt import collapse, contrast, distill, evaluate, files, instruct, models, recipe, running, runs
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.errors import InputError, Stopped, on_signals
 from scilm_adapt.files import Damaged, read_json, verified, write_json
@@ -97,7 +97,7 @@ def pipeline(world: World, folder: Path) -> None:
     run, student, teacher = Run(folder/'main'), world.student, world.teacher
     corpus = prepare(run, world.papers, world.tales)
     steps = dict(steps=STEPS, batch_size=4, context=128, learning_rate=1e-3)
-    scientist = contrast.train(run, student, corpus, contrast_weight=0.1, **steps)
+    scientist = contrast.train(run, student, corpus, pairs_weight=0.1, **steps)
     chats = instruct.prepare(run, corpus, teacher, conversations=24, teacher_answers=2, held_out=4, context=128)
     policy = OnPolicy(max_new_tokens=6, replay=4)
     helper = distill.train(run, scientist, teacher, chats, corpus, on_policy=policy, warm_up=1, watch=3, **steps)
@@ -207,7 +207,7 @@ def undisturbed(world: World) -> None:
     world.papers, world.tales = (write_texts(world.folder/f'{name}.jsonl', name) for name in ('papers', 'tales'))
     words = [json.loads(line)['abstract'] for line in Path(world.papers).read_text().splitlines()]
     world.student, world.teacher = (models.tiny(words, 'llama', hidden=hidden, layers=1, context=256) for hidden in (32, 48))
-    contrast.Checkpoints = distill.Checkpoints = partial(Told, steps=SAVES)
+    recipe.Checkpoints = partial(Told, steps=SAVES)
     distill.watch = partial(collapse.watch, max_new_tokens=8)
     found = []
     for _ in range(2):
@@ -506,20 +506,22 @@ def quickstart(folder: Path, changes: dict) -> None:
         source = ''.join(cell['source'])
         if cell['cell_type'] != 'code' or '%pip' in source: continue
         exec(source, namespace)
-        if 'parameters' in cell['metadata'].get('tags', []): namespace |= parameters
+        if 'parameters' in cell['metadata'].get('tags', []):  # then as papermill does
+            for name, value in parameters.items(): exec(f'{name} = {value!r}', namespace)
 
 
 def cost(world: World, count: int) -> dict:
     "what checkpoints and hashes cost in the quickstart, and what a stage costs that is done"
     folder, seconds, wrong = world.place()/'quickstart', Counter(), []
-    changes = {} if count > 1 else dict(papers=world.papers, general=world.tales, contrast_steps=2, distil_steps=2, conversations=20,
-                                        teacher_answers=2, documents=4, questions=4)
-    contrast.Checkpoints = distill.Checkpoints = Checkpoints  # as often as usual
+    short = {'contrast.steps': 2, 'distil.steps': 2}
+    changes = {} if count > 1 else short | dict(papers=world.papers, general=world.tales, conversations=20, teacher_answers=2, documents=4,
+                                                questions=4)
+    recipe.Checkpoints = Checkpoints  # as often as usual
     with timed(seconds), open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         start = time.perf_counter()
         quickstart(folder, changes)
         whole = time.perf_counter() - start
-    contrast.Checkpoints = distill.Checkpoints = partial(Told, steps=SAVES)
+    recipe.Checkpoints = partial(Told, steps=SAVES)
     again = []
     for _ in range(5):
         config, start = read_json(folder/'models'/'contrast'/'manifest.json')['config'], time.perf_counter()

@@ -356,6 +356,32 @@ def test_a_notebook_without_a_parameters_cell(tmp_path):
     with pytest.raises(InputError, match="no cell tagged 'parameters'"): running.read_parameters(path)
 
 
+def test_every_field_of_a_recipe_is_a_parameter_with_the_meaning_its_comment_gives():
+    known = running.read_parameters(cli.shipped_notebook())
+    steps, weight, batch = (known[f'contrast.{name}'] for name in ('steps', 'token_weight', 'batch_size'))
+    assert (steps.type, steps.default, steps.help) == ('int', 200, 'optimiser steps') and 'probe' in weight.help and not batch.listed
+    said = running.describe_parameters(known, 100)
+    assert 'contrast.pairs.temperature' in said and 'distil.temperature' in said and 'contrast.batch_size' not in said
+
+
+@pytest.mark.parametrize('name, value, read', [
+    ('contrast.token_weight', 'none', None), ('contrast.token_weight', '0.5', 0.5), ('contrast.pairs.views', 'title, first', ('title', 'first')),
+    ('contrast.pairs.views', ['title', 'first'], ('title', 'first')), ('distil.shift', '0 0.5', (0.0, 0.5)), ('distil.shift', 0.5, 0.5),
+    ('distil.batch_size', '4', 4), ('contrast.pairs.shuffled', 'yes', True), ('distil.divergence', 'jsd beta=0.1', 'jsd beta=0.1')])
+def test_a_setting_of_a_stage_is_read_as_its_recipe_wants_it(name, value, read):
+    assert running.check_parameters({name: value}, running.read_parameters(cli.shipped_notebook()), '-p') == {name: read}
+
+
+@pytest.mark.parametrize('name, value, said', [
+    ('distil.temprature', 1, "no parameter 'distil.temprature'. Did you mean 'distil.temperature'"),
+    ('contrast_steps', 1, "no parameter 'contrast_steps'. Did you mean 'contrast.steps'"),
+    ('distil.shift', '1 2 3', 'takes a number, or two'), ('contrast.steps', 'none', 'takes a whole number'),
+    ('contrast.token_weight', 'x', 'takes a number, or none')])
+def test_a_setting_that_is_none_is_refused_before_anything_runs(name, value, said):
+    with pytest.raises(InputError, match=said):
+        running.check_parameters({name: value}, running.read_parameters(cli.shipped_notebook()), '-p')
+
+
 def test_shipped_notebook_and_presets_agree():
     notebook = cli.shipped_notebook()
     known = running.read_parameters(notebook)

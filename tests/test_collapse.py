@@ -9,12 +9,12 @@ import pytest
 import torch
 from world import exact
 
+from scilm_adapt.collapse import Collapse, Look, answered, collapsed, judged, keep_good, look, rules, suspicious, watch
 from scilm_adapt.decoding import repetition
 from scilm_adapt.divergence import head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json
 from scilm_adapt.generate import Answer, chat_prompt, halt_ids, respond, stop_ids
-from scilm_adapt.collapse import Collapse, Look, answered, collapsed, judged, keep_good, look, rules, suspicious, watch
 from scilm_adapt.models import LanguageModel, build, hidden_states, load, weights_hash
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scilm_adapt import contrast
-from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss, embed, retrieval, train, views, weighted_sum
+from scilm_adapt import contrast, recipe
+from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss, train, weighted_sum
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
 from scilm_adapt.models import tiny, weights_hash
-from scilm_adapt.pairs import Pairs, pair_maker
+from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
 from scilm_adapt.runs import Run
@@ -22,7 +22,7 @@ from scilm_adapt.training import fit, lm_loss
 SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt', 'iron', 'water', 'glass', 'copper', 'helium')
 PAPERS = [dict(id=name, title=f'On {name}', text=f'We study {name} in {number} experiments. The {name} was measured.')
           for number, name in enumerate(SUBJECTS)]
-SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, contrast_weight=0.1, pairs=Pairs(batch=4))
+SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, pairs_weight=0.1, pairs=Pairs(batch=4))
 PREFERRED = [Pair(str(n), 'paper', [1, 5, 6 + n], [7, 8, 9 + n, 10], [8, 7, 20 + n, 4]) for n in range(6)]
 
 
@@ -70,7 +70,7 @@ def test_weighted_sum_reports_parts_and_skips_weight_zero(student):
 
 @pytest.mark.parametrize('micro_batch', [16, 4, 1])
 def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batch):
-    recipe = Recipe(**SETTINGS | dict(steps=1, batch_size=16, token_weight=0.7, contrast_weight=0.3, preference_weight=0.2, margin=0.9,
+    recipe = Recipe(**SETTINGS | dict(steps=1, batch_size=16, token_weight=0.7, pairs_weight=0.3, preference_weight=0.2, margin=0.9,
                                       pairs=Pairs(batch=6, chunk=4), preference=Preference(batch=3)))
     batch_at = batch_maker(packed_papers(student), recipe, pair_maker(student.tokenizer, PAPERS, recipe.pairs, 0), PREFERRED)
     found = []
@@ -82,7 +82,7 @@ def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batc
                       precision='no', on_step_end=keep)
         found.append((history[0], gradients))
     (one, weights), (other, others) = found
-    for name in ('loss', 'lm', 'token', 'contrast', 'preference'): assert other[name] == pytest.approx(one[name], rel=1e-10)
+    for name in ('loss', 'lm', 'token', 'pairs', 'preference'): assert other[name] == pytest.approx(one[name], rel=1e-10)
     assert max((weights[name] - others[name]).abs().max().item() for name in weights) < 1e-10
 
 
@@ -97,7 +97,7 @@ def test_train_keeps_a_model_that_others_can_open(tmp_path, corpus, student):
     folder = tmp_path/'run'/'models'/'contrast'
     history = read_json(folder/'history.json')
     assert [row['step'] for row in history] == [0, 1, 2]
-    for row in history: assert row['loss'] == pytest.approx(row['lm'] + 0.1*row['contrast'], rel=1e-5)
+    for row in history: assert row['loss'] == pytest.approx(row['lm'] + 0.1*row['pairs'], rel=1e-5)
     opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert weights_hash(opened) == weights_hash(lm.model)
     assert AutoTokenizer.from_pretrained(folder).chat_template == student.tokenizer.chat_template
@@ -105,12 +105,12 @@ def test_train_keeps_a_model_that_others_can_open(tmp_path, corpus, student):
 
 def test_a_stage_that_holds_is_opened_and_not_trained_again(tmp_path, corpus, student, monkeypatch):
     run = Run(tmp_path/'run')
-    first, calls, fit = train(run, student, corpus, **SETTINGS), [], contrast.fit
-    monkeypatch.setattr(contrast, 'fit', lambda *a, **k: calls.append(k) or fit(*a, **k))
+    first, calls, fit = train(run, student, corpus, **SETTINGS), [], recipe.fit
+    monkeypatch.setattr(recipe, 'fit', lambda *a, **k: calls.append(k) or fit(*a, **k))
     assert weights_hash(train(run, student, corpus, **SETTINGS).model) == weights_hash(first.model) and not calls
     other = tiny([document(paper) for paper in PAPERS], hidden=32, context=64, seed=1)
     hotter = Pairs(batch=4, temperature=0.1)
-    for change in (dict(contrast_weight=0.2), dict(pairs=hotter), dict(seed=1), dict(token_weight=0.3), dict(student=other)):
+    for change in (dict(pairs_weight=0.2), dict(pairs=hotter), dict(seed=1), dict(token_weight=0.3), dict(student=other)):
         train(run, **(dict(student=student, corpus=corpus) | SETTINGS | change))
     assert len(calls) == 5
     train(run, other, corpus, **SETTINGS, trackers='tensorboard')  # who watches changes nothing
@@ -130,11 +130,11 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
         monkeypatch.setattr(contrast, part, lambda *a, **k: pytest.fail('made'))
     monkeypatch.setattr(contrast.preferences, 'prepare', lambda *a: pytest.fail('preferences were made'))
     untitled = replace(corpus, science=corpus.science | dict(train=[paper | dict(title='', text=document(paper)) for paper in PAPERS]))
-    train(Run(tmp_path/'run'), student, untitled, **SETTINGS | dict(contrast_weight=0.0))
+    train(Run(tmp_path/'run'), student, untitled, **SETTINGS | dict(pairs_weight=0.0))
     row = read_json(tmp_path/'run'/'models'/'contrast'/'history.json')[0]
     batch = batch_maker(packed_papers(student, 48), Recipe(**SETTINGS | dict(token_weight=0)))(0)
     with torch.no_grad(): first = lm_loss(student.model, batch)
-    assert not {'contrast', 'token', 'preference'} & row.keys() and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
+    assert not {'pairs', 'token', 'preference'} & row.keys() and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize('common, weight', [(0.0, 0.0), (3.0, 1.0)])
@@ -153,14 +153,14 @@ def test_a_weight_that_is_given_is_taken_and_the_probe_only_kept(tmp_path, corpu
     train(Run(tmp_path/'run'), student, corpus, **SETTINGS, token_weight=0.5, margin=1.5)
     assert 'Token contrast has weight' not in capsys.readouterr().out
     row = read_json(tmp_path/'run'/'models'/'contrast'/'history.json')[0]
-    assert row['loss'] == pytest.approx(row['lm'] + 0.1*row['contrast'] + 0.5*row['token'], rel=1e-5) and row['token'] > 0
+    assert row['loss'] == pytest.approx(row['lm'] + 0.1*row['pairs'] + 0.5*row['token'], rel=1e-5) and row['token'] > 0
 
 
 def test_preferences_are_learnt_by_adapters_too(tmp_path, corpus, student):
     def text(name): return ' '.join(f'We study {name} in {n} experiments. The {name} was measured {n} times.' for n in range(9))
     long = [paper | dict(text=text(paper['id'])) for paper in PAPERS]
     told = replace(corpus, science=corpus.science | dict(train=long))
-    settings = SETTINGS | dict(contrast_weight=0.0, preference_weight=0.5, preference=Preference(batch=2, length=40), rank=2, steps=4)
+    settings = SETTINGS | dict(pairs_weight=0.0, preference_weight=0.5, preference=Preference(batch=2, length=40), lora_rank=2, steps=4)
     lm = train(Run(tmp_path/'run'), student, told, **settings)
     assert [row['preference'] > 0 for row in read_json(tmp_path/'run'/'models'/'contrast'/'history.json')] == [True]*4
     assert lm.model.state_dict().keys() == student.model.state_dict().keys()
@@ -168,28 +168,28 @@ def test_preferences_are_learnt_by_adapters_too(tmp_path, corpus, student):
 
 
 def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
-    settings = SETTINGS | dict(steps=60, pairs=Pairs(batch=12), learning_rate=5e-3, contrast_weight=1.0)
+    settings = SETTINGS | dict(steps=60, pairs=Pairs(batch=12), learning_rate=5e-3, pairs_weight=1.0)
     lm = train(Run(tmp_path/'run'), student, corpus, **settings)
     titles, texts = zip(*map(views, PAPERS))
     found = [retrieval(embed(model, list(titles)), embed(model, list(texts)))['mrr'] for model in (student, lm)]
     history = read_json(tmp_path/'run'/'models'/'contrast'/'history.json')
-    assert found[1] > found[0] and history[-1]['contrast'] < 0.5*math.log(12) and history[-1]['lm'] < history[0]['lm']
+    assert found[1] > found[0] and history[-1]['pairs'] < 0.5*math.log(12) and history[-1]['lm'] < history[0]['lm']
 
 
 @pytest.mark.parametrize('change, named', [
     (dict(context=65), r'context is 65 tokens.*64'),
-    (dict(contrast_weight=-1.0), r'contrast_weight is -1.0'),
+    (dict(pairs_weight=-1.0), r'pairs_weight is -1.0'),
     (dict(token_weight=math.nan), r'token_weight is nan'),
-    (dict(rank=-1), r'rank is -1'),
+    (dict(lora_rank=-1), r'lora_rank is -1'),
     (dict(margin=0.0), r'margin is 0.0'),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
     (dict(pairs=Pairs(batch=1)), r'batch=1.*at least 2'),
     (dict(trackers='tensorbord'), r"trackers names 'tensorbord'"),
     (dict(filler=False), r'tokenizer.pad_token'),
     (dict(states=False), r'model: .*gives no hidden states.*last_hidden_state'),
-    (dict(titles=False), r'title_field.*contrast_weight to 0')])
+    (dict(titles=False), r'title_field.*pairs_weight to 0')])
 def test_what_cannot_work_is_named_before_the_first_step(tmp_path, corpus, student, monkeypatch, change, named):
-    monkeypatch.setattr(contrast, 'fit', lambda *a, **k: pytest.fail('training began'))
+    monkeypatch.setattr(recipe, 'fit', lambda *a, **k: pytest.fail('training began'))
     settings = SETTINGS | change
     if not settings.pop('titles', True):
         corpus = replace(corpus, science=corpus.science | dict(train=[paper | dict(title='') for paper in PAPERS]))

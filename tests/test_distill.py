@@ -12,6 +12,7 @@ from world import WORDS, changed, conversation, exact, sentence
 
 from scilm_adapt import distill, files
 from scilm_adapt.checkpoints import Checkpoints
+from scilm_adapt.collapse import Collapse
 from scilm_adapt.distill import (
     batch_maker,
     distil_loss,
@@ -22,7 +23,6 @@ from scilm_adapt.distill import (
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.errors import InputError
-from scilm_adapt.collapse import Collapse
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document

@@ -252,7 +252,7 @@ def test_both_stages_train_a_leaking_model_on_one_document_a_row(tmp_path, name,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrast, 'fit', watched)
         patch.setattr(distill, 'fit', watched)
-        first = contrast.train(Run(tmp_path/'run'), lm, corpus, steps=2, batch_size=2, context=40, learning_rate=1e-3, contrast_weight=0.0)
+        first = contrast.train(Run(tmp_path/'run'), lm, corpus, steps=2, batch_size=2, context=40, learning_rate=1e-3, pairs_weight=0.0)
         texts = {tuple(encode_document(TOKENIZER, document(paper))) for paper in PAPERS}
         assert rows and all(any(row == list(text)[at:at + len(row)] for text in texts for at in range(len(text))) for row in rows)
         settings = dict(steps=2, batch_size=2, context=64, learning_rate=1e-3, watch=0)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from nbdev.frontmatter import _md2dict
 from packaging.requirements import Requirement
 from run_notebooks import ShippedLines, shipped_cells
 
+from scilm_adapt import contrast, distill, recipe, running
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'nbs'/'_render'))
 badges = importlib.import_module('badges')
@@ -28,7 +31,8 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 MODULES = sorted((ROOT/'scilm_adapt').glob('[!_]*.py'))
 PRESETS = sorted((ROOT/'nbs'/'presets').glob('*.yaml'))
-TRAINING_MODULES = ['checkpoints', 'training', 'recipe', 'intervals', 'decoding', 'geometry', 'pairs', 'preference', 'contrast', 'divergence',
+TRAINING_MODULES = ['checkpoints', 'training', 'recipe', 'intervals', 'decoding', 'geometry', 'pairs', 'preference', 'contrast',
+                    'divergence',
                     'teacher', 'alignment', 'rollouts', 'collapse', 'task_arithmetic', 'distill', 'evaluate']
 SELF_EVIDENT = {'self', 'cls', 'tokenizer', 'model'}    # also tokenizer_a, model_b: they are transformers', whatever their class
 LAST_CELL = '#| hide\nimport nbdev; nbdev.nbdev_export()'
@@ -107,6 +111,15 @@ def test_imports_run_one_way(path):
     imported = set().union(*map(imported_modules, trees(path) + (trees(module) if module.exists() else [])))
     upward = {name for name in imported & set(number_of) if number_of[name] >= path.name[:2]}
     assert not upward, f'{path.name} may import only from lower numbers, and imports {sorted(upward)}'
+
+
+def test_a_wing_imports_only_from_wings_before_it():
+    wing_of = {name[3:].removesuffix('.ipynb'): number for number, names in enumerate(badges.sidebar(ROOT).values()) for name in names}
+    assert list(badges.WINGS) == list(badges.sidebar(ROOT)), 'each section of the sidebar is explained in the map'
+    for path in NUMBERED:
+        module = ROOT/'scilm_adapt'/f'{module_of(path)}.py'
+        late = {name for name in imported_modules(trees(module)[0]) if wing_of.get(name, 0) > wing_of[module_of(path)]}
+        assert not late, f'{path.name} imports from a later wing: {sorted(late)}'
 
 
 def test_imports_are_seen_in_every_form():
@@ -311,13 +324,11 @@ def test_ci_runs_make_test():
     assert any(step.get('run') == '.ci/run' for step in job['steps'])
 
 
-def run_parameters() -> dict[str, object]:
-    "Name -> default of the parameters of run.ipynb."
+def run_parameters() -> dict[str, running.Parameter]:
+    "The parameters of run.ipynb by name."
     tagged = [c for c in cells(ROOT/'nbs'/'run.ipynb') if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1, 'run.ipynb has exactly one cell tagged `parameters`'
-    body = ast.parse(tagged[0]['source']).body
-    assert all(isinstance(node, ast.AnnAssign) for node in body), 'each parameter is `name: type = value  # meaning`'
-    return {node.target.id: ast.literal_eval(node.value) for node in body}
+    return running.read_parameters(ROOT/'nbs'/'run.ipynb')
 
 
 def test_presets_exist():
@@ -326,20 +337,29 @@ def test_presets_exist():
 
 @each_preset
 def test_preset_sets_only_parameters_of_the_run_notebook(path):
-    preset, parameters = yaml.safe_load(path.read_text()), run_parameters()
-    assert not preset.keys() - parameters.keys(), f'{path.name} sets what run.ipynb has not'
-    kinds = {name: (int, float) if isinstance(value, float) else type(value) for name, value in parameters.items()}
-    wrong = {name: value for name, value in preset.items() if not isinstance(value, kinds[name])}
-    assert not wrong, f'{path.name}: another type than the default has: {wrong}'
+    preset = running.read_preset(path)
+    assert running.check_parameters(preset, run_parameters(), path.name) == preset, f'{path.name}: another type than is wanted'
     lines = path.read_text().splitlines()
-    bare = [line for line in lines if re.match(r'\w+:', line) and '#' not in line]
+    bare = [line for line in lines if re.match(r'[\w.]+:', line) and '#' not in line]
     assert not bare, f'{path.name}: no comment on {bare}'
 
 
 def test_defaults_of_the_run_notebook_are_the_quickstart():
+    parameters, preset = run_parameters(), running.read_preset(ROOT/'nbs'/'presets'/'quickstart.yaml')
+    assert preset == {name: parameters[name].default for name in preset}
+
+
+def test_a_setting_has_one_name_and_one_default():
+    "What both stages share stands in the notebook's cell and in the recipe; all else in one place."
     parameters = run_parameters()
-    preset = yaml.safe_load((ROOT/'nbs'/'presets'/'quickstart.yaml').read_text())
-    assert preset == {k: parameters[k] for k in preset}
+    shared = {one.name: one for one in fields(recipe.Recipe) if one.name not in recipe.OWN}
+    assert {name: parameters[name].default for name in shared} == {name: one.default for name, one in shared.items()}
+    for stage, kind in dict(contrast=contrast.Recipe, distil=distill.Recipe).items():
+        listed = {name.removeprefix(f'{stage}.') for name, one in parameters.items() if one.listed and name.startswith(f'{stage}.')}
+        assert listed == recipe.Settings(kind).values().keys()
+        for name in listed:
+            value, told = recipe.Settings(kind).values()[name], parameters[f'{stage}.{name}'].default
+            assert told == value or isinstance(told, str) and not isinstance(value, str), name  # what is no literal is shown as it is
 
 
 @pytest.fixture(scope='module')

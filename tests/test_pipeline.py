@@ -81,8 +81,8 @@ def test_every_family_goes_all_the_way(family, texts, tmp_path):
 def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     student, teacher = save_pair(tmp_path, 'qwen2', texts)
     preset = dict(student=str(student), teacher=str(teacher), papers=str(texts['papers']), general=str(texts['tales']), context=128,
-                  batch_size=4, micro_batch=2, divergence='jsd', contrast_steps=2, distil_steps=2, conversations=40, teacher_answers=4,
-                  documents=8, questions=4, trackers='tensorboard')
+                  batch_size=4, micro_batch=2, conversations=40, teacher_answers=4, documents=8, questions=4,
+                  trackers='tensorboard') | {'distil.divergence': 'jsd', 'contrast.steps': 2, 'distil.steps': 2}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-p', 'seed', '7', '-o', 'mine']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -104,20 +104,20 @@ def test_the_notebook_takes_models_with_different_tokenizers_and_other_ways_to_l
     student, teacher = models.tiny(words, 'gpt2', size=350, hidden=32, context=256), models.tiny(words, 'llama', hidden=48, context=256)
     student.tokenizer.chat_template = None
     for lm, name in ((student, 'student'), (teacher, 'teacher')): models.save(lm, tmp_path/name)
-    preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), watch=2, context=160,
-                  general=str(texts['tales']), batch_size=4, contrast_steps=2, distil_steps=2, conversations=40, teacher_answers=0,
-                  reference_weight=0.2, documents=8, questions=4, shift=0.5)
+    preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), context=160,
+                  general=str(texts['tales']), batch_size=4, conversations=40, teacher_answers=0, documents=8, questions=4)
+    preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 2, 'distil.reference_weight': 0.2}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-o', 'mine']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'repaired: the student now has a plain chat template' in done.stdout and 'byte by byte' in done.stdout
-    assert 'The tokenizers differ, so the teacher cannot be shifted' in done.stdout
     history = json.loads((tmp_path/'mine'/'models'/'distilled'/'history.json').read_text())
-    assert {'distil', 'answers', 'retention', 'reference', 'watch_kl'} <= history[-1].keys()
+    assert {'distil', 'answers', 'retention', 'reference', 'probe_kl'} <= history[-1].keys()
 
-    wrong = subprocess.run([*command, '-p', 'on_policy', '0.5'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert wrong.returncode == 2 and 'on_policy cannot bridge' in wrong.stderr and 'Traceback' not in wrong.stderr
+    for setting, value in {'distil.on_policy.share': '0.5', 'distil.shift': '0.5'}.items():
+        wrong = subprocess.run([*command, '-p', setting, value], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert wrong.returncode == 2 and f'{setting.split(".")[1]} cannot bridge' in wrong.stderr and 'Traceback' not in wrong.stderr
 
 
 @pytest.mark.parametrize(('name', 'parameters', 'said'), [

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,8 @@ from torch.nn import functional as F
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.errors import InputError, Stopped
 from scilm_adapt.files import verified
-from scilm_adapt.models import LanguageModel, hidden_states, load, logits_of, save, tiny, weights_hash
+from scilm_adapt.models import LanguageModel, hidden_states, logits_of, tiny, weights_hash
+from scilm_adapt.recipe import lora
 from scilm_adapt.tokens import batch_rows, encode_document, pack
 from scilm_adapt.training import (
     Trackers,
@@ -34,9 +34,7 @@ from scilm_adapt.training import (
     bad_numbers,
     document_nats,
     fit,
-    has_adapters,
     lm_loss,
-    lora,
     micro_batches,
     muon,
     schedule,
@@ -610,7 +608,7 @@ def test_trackers_are_told_of_every_step_once_also_where_a_training_goes_on(tmp_
     told = dict(trackers=Trackers(['tensorboard'], tmp_path/'told', dict(margin=0.5, pairs=dict(batch=32))))
     def stop(step, model):
         if step == 5: raise RuntimeError('dies')
-    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), on_step_end=stop, **told)  # the last are lost
+    with pytest.raises(RuntimeError): longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), on_step_end=stop, **told)  # none kept
     found, history = longer(None, kept=Checkpoints(tmp_path/'kept', steps=3), **told)
     assert found == longer(None)[0]
     events = EventAccumulator(str(tmp_path/'told'/'training')).Reload()
@@ -681,58 +679,6 @@ def test_gradient_checkpointing_is_refused_where_there_is_none():
     module = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match='Linear cannot do it'):
         fit(module, lambda step: None, None, 1, learning_rate=1.0, gradient_checkpointing=True)
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox', 'qwen2'])
-def test_adapters_alone_learn_and_merge_into_a_plain_model(family, tmp_path):
-    lm, twin = without_dropout(model_of(family, bits=64)), model_of(family, bits=64)
-    packed = ragged(lm)
-    batch, before = packed.batch([0, 1, 2]), {name: p.clone() for name, p in lm.model.state_dict().items()}
-    with torch.no_grad(): start = hidden_states(lm.model, batch)
-    adapted, merge = lora(lm.model, rank=3)
-    wanted = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert adapted is lm.model and wanted and all('lora_' in name for name in wanted)
-    with torch.no_grad(): assert torch.equal(hidden_states(adapted, batch), start)  # B is 0
-    history = train(lm, packed, steps=12, learning_rate=2e-2)
-    assert history[-1]['loss'] < history[0]['loss'] - 0.05 and all((p.grad is None) or p.requires_grad for p in adapted.parameters())
-    base = {name.replace('.base_layer', ''): p for name, p in adapted.state_dict().items() if 'lora_' not in name}
-    assert all(torch.equal(base[name], before[name]) for name in before)
-    with torch.no_grad(): learnt = logits_of(adapted, hidden_states(adapted, batch))
-    plain = merge()
-    assert plain is lm.model and not has_adapters(plain) and all(p.requires_grad for p in plain.parameters())
-    with torch.no_grad(): assert torch.allclose(logits_of(plain, hidden_states(plain, batch)), learnt, atol=1e-12)
-    assert list(plain.state_dict()) == list(twin.model.state_dict())
-    assert weights_hash(load(save(lm, tmp_path/'merged'), 'cpu', torch.float64).model) == weights_hash(plain)
-    assert not torch.allclose(learnt, logits_of(twin.model, start), atol=1e-3)
-
-
-def test_adapters_begin_where_the_seed_says_and_alpha_is_their_strength():
-    def first(seed, drawn=0):
-        torch.manual_seed(drawn)
-        state = torch.random.get_rng_state()
-        adapted = lora(model_of().model, 2, seed=seed)[0]
-        assert torch.equal(state, torch.random.get_rng_state())
-        return weights_hash(adapted)
-    assert first(0) == first(0, drawn=5) != first(1)
-    strengths = [next(m.scaling['default'] for m in lora(model_of().model, 4, alpha)[0].modules() if hasattr(m, 'lora_A'))
-                 for alpha in (None, 2.0)]
-    assert strengths == [2.0, 0.5]
-
-
-def test_adapters_of_a_model_in_16_bits_learn_in_32():
-    adapted = lora(model_of().model.bfloat16(), 2)[0]
-    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {torch.bfloat16}
-
-
-def test_adapters_that_cannot_be_are_refused(monkeypatch):
-    with pytest.raises(InputError, match='rank of LoRA is 0'): lora(model_of().model, 0)
-    model = lora(model_of().model, 2)[0]
-    with pytest.raises(InputError, match='has adapters already'): lora(model, 2)
-    monkeypatch.setitem(sys.modules, 'peft', None)
-    with pytest.raises(InputError, match=r"scilm_adapt\[lora\]"): lora(model_of().model, 2)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------------

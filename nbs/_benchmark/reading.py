@@ -56,7 +56,7 @@ def documents(folder: Path) -> list[list[int]]:
 def reading(folder: Path, **weights: float) -> Recipe:
     "Stage 1 with no contrast but what `weights` say."
     size, _ = sizes(folder)
-    return replace(Recipe(steps=1, batch_size=size['rows_a_step'], context=size['context'], learning_rate=0.0, contrast_weight=0.0,
+    return replace(Recipe(steps=1, batch_size=size['rows_a_step'], context=size['context'], learning_rate=0.0, pairs_weight=0.0,
                           token_weight=0.0), **weights)
 
 

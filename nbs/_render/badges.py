@@ -1,10 +1,28 @@
-"""The Colab badge and install cell of every notebook, and the badges of README.md, from settings.ini: `make export` runs this."""
+"""What stands in several places, written from one: `make export` runs this.
+
+The Colab badge and install cell of every notebook and the badges of README.md come from settings.ini, the map of the notebooks in
+README.md and on the index page from the sidebar in _quarto.yml.
+"""
 import json
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
-OPEN, CLOSE = '<!-- badges: written by nbs/_render/badges.py -->', '<!-- /badges -->'
+BLOCK = '<!-- {0}: written by nbs/_render/badges.py -->\n{1}\n<!-- /{0} -->'
+# A section of the sidebar, and what happens there. A notebook imports from wings before its own, and from lower numbers of its own.
+WINGS = {
+    'Core': 'what a person is told, folders that are whole or not there and nothing of yours ever touched, and how sure a number is',
+    'Papers': 'every form that papers come in, every kind of dirt, every record accounted for',
+    'Language models': 'tokens, models of many families, exact checkpoints, one loop of training, one way to make a stage, and writing',
+    'Contrast': 'stage 1: reading papers, with contrasts between tokens, texts and ways to go on',
+    'Conversations': 'questions and answers out of papers that nobody has labelled',
+    'Distillation': 'stage 2: how far student and teacher are apart, teachers of all kinds, what is checked and watched, and learning from them',
+    'Evidence': 'the proof: numbers, intervals, figures, model cards',
+    'Command': 'notebooks run in batch, and the `scilm` command',
+    'Runs': 'notebooks to run: the whole pipeline, real papers, methods compared, speed, faults, and how the toy models were made'}
 
 
 def settings(root: Path = ROOT) -> dict[str, str]:
@@ -30,10 +48,10 @@ def readme_badges(cfg: dict[str, str]) -> str:
     "Markdown of the badges for tests, coverage, site and Colab."
     git, site = cfg['git_url'], cfg['doc_host'] + cfg['doc_baseurl']
     coverage = f'https://img.shields.io/endpoint?url={site}/coverage.json'
-    return '\n'.join([OPEN, f'[![tests]({git}/actions/workflows/test.yaml/badge.svg)]({git}/actions/workflows/test.yaml)',
+    return '\n'.join([f'[![tests]({git}/actions/workflows/test.yaml/badge.svg)]({git}/actions/workflows/test.yaml)',
                       f'[![coverage]({coverage})]({git}/actions/workflows/test.yaml)',
                       f'[![site]({git}/actions/workflows/site.yaml/badge.svg)]({site})',
-                      colab_badge(cfg, 'run.ipynb'), CLOSE])
+                      colab_badge(cfg, 'run.ipynb')])
 
 
 def is_badge(cell: dict) -> bool:
@@ -62,18 +80,48 @@ def update_notebook(path: Path, cfg: dict[str, str]) -> bool:
     return True
 
 
-def update_readme(path: Path, cfg: dict[str, str]) -> bool:
-    "Rewrite what stands between the two badge comments of `path`; True if this changed anything."
+def sidebar(root: Path = ROOT) -> dict[str, list[str]]:
+    "The sections of the sidebar and the notebooks in them, in order."
+    contents = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    return {item['section']: item['contents'] for item in contents if isinstance(item, dict)}
+
+
+def house_map(folder: str, root: Path = ROOT) -> str:
+    "Markdown of a table of the wings, what happens there, and links to their notebooks in `folder`."
+    rows = ['| | | |', '|---|---|---|']
+    for wing, names in sidebar(root).items():
+        links = ', '.join(f"[{Path(name).stem.replace('_', ' ')}]({folder}{name})" for name in names)
+        rows.append(f'| **{wing}** | {WINGS[wing]} | {links} |')
+    return '\n'.join(rows)
+
+
+def update_block(text: str, name: str, contents: str) -> str:
+    "The text with what stands between the two comments `name` made new; a text without them stays as it is."
+    first, last = (re.escape(part) for part in BLOCK.format(name, '\0').split('\n\0\n'))
+    return re.sub(f'{first}.*?{last}', lambda _: BLOCK.format(name, contents), text, flags=re.DOTALL)
+
+
+def update_readme(path: Path, cfg: dict[str, str], root: Path = ROOT) -> bool:
+    "Rewrite the badges and the map in README.md; True if this changed anything."
     old = path.read_text(encoding='utf-8')
-    if OPEN not in old or CLOSE not in old: return False
-    before, rest = old.split(OPEN, 1)
-    new = before + readme_badges(cfg) + rest.split(CLOSE, 1)[1]
+    new = update_block(update_block(old, 'badges', readme_badges(cfg)), 'map', house_map('nbs/', root))
     path.write_text(new, encoding='utf-8')
     return new != old
+
+
+def update_index(path: Path, root: Path = ROOT) -> bool:
+    "Rewrite the map on the index page; True if this changed anything."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    cell = next(cell for cell in nb['cells'] if cell['id'] == 'house-map')
+    old, cell['source'] = cell['source'], f"## The house\n\n{house_map('', root)}".splitlines(keepends=True)
+    if old == cell['source']: return False
+    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    return True
 
 
 if __name__ == '__main__':
     cfg = settings()
     changed = [p.name for p in sorted((ROOT/'nbs').glob('*.ipynb')) if update_notebook(p, cfg)]
     if update_readme(ROOT/'README.md', cfg): changed.append('README.md')
+    if update_index(ROOT/'nbs'/'index.ipynb'): changed.append('the map of index.ipynb')
     if changed: print('badges:', ', '.join(changed))
