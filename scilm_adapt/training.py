@@ -6,7 +6,7 @@
 __all__ = ['USUAL', 'FEWEST', 'HIGH', 'NATS', 'STEEP', 'target_states', 'exact', 'lm_loss', 'micro_batches', 'schedule',
            'LossModule', 'adamw', 'muon', 'set_seed', 'in_training', 'add_gradients', 'Progress', 'out_of_memory',
            'gradients', 'bad_numbers', 'stop_or_skip', 'Trackers', 'trackers_of', 'parts_of', 'step_of',
-           'accelerator_for', 'fit', 'keep_history', 'document_nats']
+           'accelerator_for', 'fit', 'keep_history', 'document_nats', 'utf8_sizes']
 
 # %% ../nbs/16_training.ipynb #46b4eb13
 import gc
@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -344,3 +344,8 @@ def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[lis
         owners = rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]]
         nats += np.bincount(owners, weights=losses, minlength=len(documents))
     return nats
+
+
+def utf8_sizes(texts: Iterable[str]) -> np.ndarray:
+    "Bytes of each text in UTF-8: what surprises are divided by, since they are the same for every tokenizer."
+    return np.array([len(text.encode('utf-8', 'surrogatepass')) for text in texts])

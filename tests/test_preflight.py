@@ -13,12 +13,11 @@ from world import changed, conversation, exact, sentence
 
 from scilm_adapt.alignment import PLAIN, AlignedTeacher, common_tokens
 from scilm_adapt.errors import InputError
-from scilm_adapt.generate import chat_prompt, respond, stop_ids
+from scilm_adapt.generate import answer_bits, chat_prompt, respond, stop_ids
 from scilm_adapt.models import LanguageModel, build, tiny
 from scilm_adapt.preflight import (
     EXAMPLE,
     WARM_UP,
-    answer_nats,
     complaint,
     ends_turns,
     preflight,
@@ -298,11 +297,11 @@ def test_a_student_that_fails_is_not_asked(student, teacher, monkeypatch):
 
 # --- is the teacher worth it?
 
-def test_answer_nats_equal_the_definition(student):
+def test_answers_and_their_ends_equal_the_definition(student):
     student = exact(student)
     chats = [conversation(number) for number in range(5)]
     for chat in chats: chat['messages'][1]['content'] = 'What the teacher wrote.'       # the reference counts, not this
-    for chat, nats in zip(chats, answer_nats(student, chats, 64)):
+    for chat, nats in zip(chats, answer_bits(student, chats, 64, ends=True)[0], strict=True):
         ids, mask = encode_chat(TOKENIZER, [chat['messages'][0], dict(role='assistant', content=chat['reference'])])
         with torch.no_grad(): logprobs = student.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         assert math.isclose(nats, -sum(logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]), rel_tol=1e-10)
@@ -313,7 +312,8 @@ def test_advantage_is_a_paired_interval(student, teacher, monkeypatch, capsys):
     sizes = np.array([len(chat['reference']) for chat in chats])
     draw = np.random.default_rng(0)
     common, gain = draw.uniform(2, 9, 40)*sizes, draw.normal(0.2, 0.1, 40)*sizes        # conversations differ far more than models do
-    monkeypatch.setattr('scilm_adapt.preflight.answer_nats', lambda lm, asked, *_: (common + (gain if lm is student else 0))[:len(asked)])
+    monkeypatch.setattr('scilm_adapt.preflight.answer_bits', lambda lm, asked, *_, **__:
+                        ((common + (gain if lm is student else 0))[:len(asked)], sizes[:len(asked)]))
     result = teacher_advantage(student, teacher, chats)
     assert result['better'] and result['chats'] == 40 and 'the teacher is better by' in capsys.readouterr().out
     assert math.isclose(result['difference'], gain.sum()/sizes.sum()/math.log(2), rel_tol=1e-9)
@@ -332,7 +332,7 @@ def test_a_teacher_with_other_tokens_is_measured_in_bits_per_byte(student, stran
     result = teacher_advantage(student, stranger, chats)
     sizes = sum(len(chat['reference'].encode()) for chat in chats)
     for role, lm in (('student', student), ('teacher', stranger)):
-        alone = sum(answer_nats(lm, [chat])[0] for chat in chats)/math.log(2)/sizes
+        alone = sum(answer_bits(lm, [chat], ends=True)[0][0] for chat in chats)/math.log(2)/sizes
         assert math.isclose(result[role], alone, rel_tol=1e-10)
         # an untrained model finds every token about equally likely, and learns the end of turn as one more of them
         tokens = sum(sum(encode_chat(lm.tokenizer, chat['messages'])[1]) for chat in chats)

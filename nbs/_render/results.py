@@ -33,7 +33,7 @@ def readme_block() -> str:
     return '\n\n'.join([
         f"What `make run` gives (seed {metrics['config']['seed']}, {minutes:.1f} minutes of work on {where['cores']} processor cores, "
         f"torch {metrics['versions']['torch']}):",
-        report.table(metrics).to_markdown(), report.TABLE_NOTE,
+        report.table(metrics).to_markdown(), report.table_note(metrics),
         '![Before and after, for each kind of text, with intervals](nbs/results/quickstart.png)',
         report.promises(metrics).to_markdown(index=False)])
 
