@@ -2,19 +2,15 @@
 import copy
 import datetime as clock
 import json
-import threading
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
+from world import completion, listening, scripted
 
 from scilm_adapt import instruct
 from scilm_adapt.alignment import answer_places
-from scilm_adapt.decoding import reads_on
 from scilm_adapt.endpoint import Endpoint, ask, send
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
@@ -406,24 +402,7 @@ def test_thoughts_are_seen_before_their_marks_are_dropped(thinker, text, begun, 
     assert found.lost == (thoughts is not None and not answer)
 
 
-class Script(torch.nn.Module):
-    "An output head that says these ids one a step, and begins anew behind the last."
-    def __init__(self, head: torch.nn.Module, ids: list[int]):
-        super().__init__()
-        self.weight, self.ids, self.place = head.weight, ids, 0
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        said = self.ids[self.place % len(self.ids)]
-        self.place += 1
-        return 100*torch.nn.functional.one_hot(torch.tensor(said), len(self.weight)).float().expand(*hidden.shape[:-1], -1)
-
-
-def saying(lm: LanguageModel, text: str) -> LanguageModel:
-    "The model with a head that says `text`, whatever is asked."
-    lm = replace(lm, model=copy.deepcopy(lm.model))
-    reads_on(lm.model)  # which asks the model a few things, for once before it says what it is told to say
-    lm.model.lm_head = Script(lm.model.lm_head, ids_of(lm, text))
-    return lm
+def saying(lm: LanguageModel, text: str) -> LanguageModel: return scripted(lm, ids_of(lm, text))
 
 
 def test_a_near_teacher_thinks_only_if_it_may_and_its_thoughts_are_left_out(thinker, capsys):
@@ -470,31 +449,15 @@ def test_the_users_turn_is_not_opened_with_thoughts(thinker):
 
 class Server:
     "A server on this machine that answers every conversation with `message`, and keeps what it was asked."
-    def __init__(self, message: dict, finish: str = 'stop', logprobs: list | None = None):
-        self.asked, owner = [], self
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                owner.asked.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
-                choice = dict(index=0, message=dict(role='assistant', **message), finish_reason=finish)
-                if logprobs: choice |= dict(logprobs=dict(content=logprobs))
-                body = json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[choice],
-                                       usage=dict(prompt_tokens=5, completion_tokens=7, total_tokens=12))).encode()
-                self.send_response(200)
-                self.send_header('Content-Type', 'application/json')
-                self.send_header('Content-Length', str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+    def __init__(self, message: dict, finish: str = 'stop', **choice: object):
+        self.asked = []
+        self.context = listening(lambda request: self.asked.append(request) or completion(message, finish, **choice))
 
-            def log_message(self, *words): pass
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = Endpoint(f'http://127.0.0.1:{self.server.server_port}/v1', 'm', retries=0)
+    def __enter__(self):
+        self.endpoint = self.context.__enter__()
+        return self
 
-    def __enter__(self): return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *error): return self.context.__exit__(*error)
 
 
 @pytest.mark.parametrize(('message', 'thoughts', 'text'), [
@@ -549,7 +512,7 @@ def test_targets_are_those_of_the_answer_behind_the_thoughts(tmp_path):
     told = [dict(token=word, logprob=-0.1, bytes=list(word.encode())) for word in words]
     told = [word | dict(top_logprobs=[word]) for word in told]
     chats = [dict(messages=turns('What is heat?', 'x'), paper_id='p', kind='title', author='paper')]
-    with Server(dict(content=''.join(words)), logprobs=told) as server:
+    with Server(dict(content=''.join(words)), logprobs=dict(content=told)) as server:
         found = remote_targets(tmp_path, server.endpoint, tokenizer, chats, k=1, context=128)
         rows, _ = send(server.endpoint, [dict(messages=turns('q'), max_tokens=4, temperature=0, logprobs=True, top_logprobs=1)])
     assert found.chats[0]['messages'][-1]['content'] == ANSWER
