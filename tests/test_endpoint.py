@@ -30,7 +30,7 @@ from scilm_adapt.endpoint import (
 )
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
-from scilm_adapt.instruct import answers_of, ask_teacher, build, paper_prompt, preamble, write_magpie, write_reading
+from scilm_adapt.instruct import ask_teacher, build, next_turns, paper_prompt, preamble, write_magpie, write_reading
 from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.papers import OUTCOMES
@@ -255,7 +255,7 @@ def test_a_request_that_fails_for_good_is_counted_and_the_others_are_answered(se
 def test_the_key_of_the_environment_is_sent_and_written_nowhere(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-secret-1')
     assert module.connect(server.endpoint).api_key == 'sk-secret-1'
-    assert module.told(ValueError('no such key: sk-secret-1')) == 'no such key: …'
+    assert module.error_line(ValueError('no such key: sk-secret-1')) == 'no such key: …'
     ask(server.endpoint, [question('What is light?')], 8, file=tmp_path/'answers.jsonl')
     assert 'secret' not in (tmp_path/'answers.jsonl').read_text() + repr(server.endpoint) + ''.join(capsys.readouterr())
 
@@ -269,7 +269,7 @@ def test_a_far_teacher_writes_what_a_near_one_writes(server, lm, folder, tmp_pat
     before = server.requests
     ask_teacher(far, chats, 128, file=tmp_path/'answers.jsonl')
     assert server.requests == before
-    said = [answers_of(teacher, [preamble(teacher, texts[0])], 12, user=True)[0][0] for teacher in (far, lm)]  # the user's turn
+    said = [next_turns(teacher, [preamble(teacher, texts[0])], 12, user=True)[0][0] for teacher in (far, lm)]  # the user's turn
     assert (said[0].text, said[0].stopped) == (said[1].text, said[1].stopped)
     written = [write_reading(teacher, papers)[0] for teacher in (replace(far, retries=0), lm)]
     assert [chat['paper_id'] for chat in written[0]] == [paper['id'] for paper in papers]
@@ -344,11 +344,11 @@ def test_only_what_follows_the_thoughts_is_the_answer_of_a_server(thinking, tmp_
 
 def test_room_for_thoughts_is_asked_of_the_server(thinking):
     asked = [question(ASKS['en'])]
-    [lost], usage = answers_of(thinking, asked, 4)
+    [lost], usage = next_turns(thinking, asked, 4)
     assert lost.lost and not lost.stopped and usage.completion_tokens == 4
-    [short], usage = answers_of(thinking, asked, 4, thoughts=10)
+    [short], usage = next_turns(thinking, asked, 4, thoughts=10)
     assert short.thoughts == THINKS['en'] and SAYS['en'].startswith(short.text) and not short.stopped and usage.completion_tokens == 14
-    [whole], usage = answers_of(replace(thinking, thoughts=40), asked, 4)
+    [whole], usage = next_turns(replace(thinking, thoughts=40), asked, 4)
     assert (whole.text, whole.stopped) == (SAYS['en'], True) and 14 < usage.completion_tokens < 44
 
 

@@ -14,7 +14,7 @@ from scilm_adapt.alignment import answer_places
 from scilm_adapt.endpoint import Endpoint, ask, send
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
-from scilm_adapt.instruct import answers_of, ask_teacher, user_ids, write_answers, write_magpie, write_reading
+from scilm_adapt.instruct import ask_teacher, next_turns, user_ids, write_answers, write_magpie, write_reading
 from scilm_adapt.models import LanguageModel, build, load, save
 from scilm_adapt.preflight import preflight
 from scilm_adapt.remote import lay, lexicon, remote_targets
@@ -205,13 +205,13 @@ def test_a_template_is_the_same_on_every_day(name, monkeypatch):
     assert raw() != today and encode_chat(tokenizer, messages) == known and tokenizer_hash(tokenizer) == key
 
 
-def test_answers_of_yesterday_are_not_asked_again(tmp_path, monkeypatch):
+def test_next_turns_yesterday_are_not_asked_again(tmp_path, monkeypatch):
     lm = build(TOKENIZERS['dated'], hidden=32, layers=1, context=256)
     chats = [turns(f'What is {word}?') for word in ('heat', 'light')]
-    found, _ = answers_of(lm, chats, 4, file=tmp_path/'answers.jsonl')
+    found, _ = next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
     monkeypatch.setattr(chat_template_utils, 'datetime', Tomorrow)
     monkeypatch.setattr(instruct, 'respond', lambda *_, **__: pytest.fail('asked again'))
-    again, usage = answers_of(lm, chats, 4, file=tmp_path/'answers.jsonl')
+    again, usage = next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
     assert [one.text for one in again] == [one.text for one in found] and usage.kept == 2
 
 
@@ -435,7 +435,7 @@ def test_a_question_is_never_a_thought(thinker, write, said):
     whole = '<|im_end|>' in said
     assert chat['question'] == ('What is heat in bodies?' if whole and write is not write_answers else '')
     assert 'could be asked' not in json.dumps(chat['messages']) and 'Is heat motion?' not in json.dumps(chat['messages'])
-    if not whole and write is write_answers: assert instruct.refused(chat, paper(1))[0] == 'thoughts'
+    if not whole and write is write_answers: assert instruct.refusal_of(chat, paper(1))[0] == 'thoughts'
     elif not whole: assert 'it thought aloud, and came to none' in chat['problem']
 
 
@@ -479,9 +479,9 @@ def test_a_server_tells_thoughts_in_many_ways(message, thoughts, text, tmp_path)
 def test_options_and_room_for_thoughts_are_sent():
     with Server(dict(content=ANSWER)) as server:
         endpoint = Endpoint(server.endpoint.url, 'm', retries=0, options='enable_thinking=false effort=low', thoughts=100)
-        answers_of(endpoint, [turns('q')], 16)
-        answers_of(server.endpoint, [turns('q')], 16, thoughts=50)
-        answers_of(server.endpoint, [turns('q')], 16)
+        next_turns(endpoint, [turns('q')], 16)
+        next_turns(server.endpoint, [turns('q')], 16, thoughts=50)
+        next_turns(server.endpoint, [turns('q')], 16)
     assert [request['max_tokens'] for request in server.asked] == [116, 66, 16]
     kwargs = [request.get('chat_template_kwargs') for request in server.asked]
     assert kwargs == [dict(enable_thinking=False, effort='low'), None, None]
