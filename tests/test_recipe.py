@@ -53,7 +53,7 @@ def cells_of(*sources: str) -> dict:
 def test_a_notebook_is_told_in_lines_of_python_and_each_stage_hears_its_own():
     names = cells_of('from scilm_adapt.recipe import settings_of',
                      "papers: str = 'x'\nbatch_size: int = 8\nseed: int = 0\ncontrast = settings_of('contrast.Recipe')",
-                     'contrast.steps = 7\nseed = 3\ncontrast.pairs.views = ("first",)\ncontrast.batch_size = 4')  # as papermill puts it there
+                     'contrast.steps = 7\nseed = 3\ncontrast.pairs.views = ("first",)\ncontrast.batch_size = 4')  # as papermill does it
     config = parameters_of(names)
     assert config['papers'] == 'x' and config['seed'] == 3 and config['contrast.steps'] == 7 and config['contrast.margin'] == 0.5
     made = recipe_of(contrast.Recipe, stage_settings(config, 'contrast'))
