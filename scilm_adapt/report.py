@@ -433,10 +433,11 @@ def trained_by(run: Run, name: str) -> set[str]:
 def role_sentence(role: str, run: Run) -> str:
     "What a model of this role is, by how the models of this run were trained."
     beside = [text for part, text in BESIDE.items() if part in trained_by(run, 'contrast')]
-    taught = 'distilled from an aligned teacher on' if {'distil', 'on_policy'} & trained_by(run, 'distilled') else 'taught the answers to'
+    learnt = trained_by(run, 'distilled')
+    taught = 'distilled from an aligned teacher on' if {'distil', 'on_policy'} & learnt else 'taught the answers to'
     return dict(base='The student before any adaptation, kept for comparison.',
-                contrast=f"The student after stage 1: fine-tuned on scientific texts by language modelling{', and ' if beside else ' alone'}"
-                         f"{' and '.join(beside)}.",
+                contrast=f"The student after stage 1: fine-tuned on scientific texts by language modelling"
+                         f"{', and ' if beside else ' alone'}{' and '.join(beside)}.",
                 distilled=f'The student after both stages: fine-tuned on scientific texts, then {taught} questions made out of the same '
                           f'texts.',
                 teacher='The teacher of stage 2, unchanged, kept for comparison.',
