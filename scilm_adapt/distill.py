@@ -142,7 +142,7 @@ class Recipe(recipes.Recipe):
 
     def key(self) -> dict:
         "See `recipe.Recipe`; of the divergence, all its options."
-        return super().key() | dict(divergence=make_divergence(self.divergence).settings)
+        return super().key() | dict(divergence=self.divergence and make_divergence(self.divergence).settings)
 
     def check(self, student: LanguageModel) -> None:
         "InputError, naming the setting to change, for what cannot work with any teacher."

@@ -132,7 +132,8 @@ class Settings:
         defaults = {one.name: one.default for one in known if one.default is not MISSING and one.name not in shared}
         flat = {}
         for name, value in (defaults | {key: value for key, value in vars(self).items() if key != '_kind'}).items():
-            flat |= {f'{name}.{key}': inner for key, inner in value.values().items()} if isinstance(value, Settings) else {name: value}
+            part = {f'{name}.{key}': inner for key, inner in value.values().items()} if isinstance(value, Settings) else {name: value}
+            flat |= part
         return flat
 
 

@@ -280,7 +280,7 @@ def damage(path: Path, how: str, chance: np.random.Generator) -> None:
 
 
 HOW = ('truncated', 'zeroed', 'deleted', 'one bit flipped')
-FINISHED = {'main/corpus/science/train/*.arrow': '', 'main/chats/train.jsonl': '', 'main/models/contrast/manifest.json': '',
+FINISHED = {'main/corpus/science/train/*.arrow': '', 'main/chats/train/*.arrow': '', 'main/models/contrast/manifest.json': '',
             'main/models/distilled/model.safetensors': '', 'main/tokens/ids.bin': 'main/models/contrast', 'cached/targets/shard-00000.bin':
             'cached/models/distilled', 'cached/targets/targets.json': 'cached/models/distilled'}  # file -> what is to be made from it again
 BEGUN = ('manifest.json', 'rank-00000.json', 'rank-00000.safetensors')

@@ -1,20 +1,19 @@
 """A real `transformers serve`, a client that is killed in the middle of its work, a server that is: nothing answered is asked again."""
-import ctypes
 import json
-import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from tokenizers import AddedToken
+from world import Serve
 
+from scilm_adapt import cli, models
 from scilm_adapt import endpoint as module
 from scilm_adapt.endpoint import (
     Endpoint,
@@ -31,12 +30,12 @@ from scilm_adapt.endpoint import (
 )
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
-from scilm_adapt.instruct import answers_of, ask_teacher, build, preamble, write_reading
+from scilm_adapt.instruct import ask_teacher, build, next_turns, paper_prompt, preamble, write_magpie, write_reading
 from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.papers import OUTCOMES
 from scilm_adapt.remote import remote_targets
-from scilm_adapt.tokens import control_tokens, encode_chat, pack
+from scilm_adapt.tokens import CHATML, control_tokens, encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, lm_loss
 
 torch.set_num_threads(1)
@@ -71,43 +70,9 @@ def lm(folder) -> LanguageModel:
     return load(folder/'model', device='cpu')
 
 
-class Server:
-    "`transformers serve` on a free port; whatever becomes of the tests, it does not outlive them."
-    def __init__(self, folder: Path):
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f'http://127.0.0.1:{port}', folder/f'{port}.log'
-        program = shutil.which('transformers', path=Path(sys.executable).parent)
-        command = [program, 'serve', 'model', '--host', '127.0.0.1', '--port', str(port)]
-        with open(self.log, 'wb') as log:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-                                            env=os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1'),
-                                            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))  # it dies with its parent
-        self.endpoint = Endpoint(f'{self.url}/v1', 'model', retries=1)
-
-    def ready(self) -> 'Server':
-        for _ in range(240):
-            try: return urllib.request.urlopen(f'{self.url}/health', timeout=5) and self
-            except OSError: time.sleep(0.25)
-            if self.process.poll() is not None: break
-        pytest.fail(f'transformers serve did not start:\n{self.log.read_text()[-2000:]}')
-
-    @property
-    def requests(self) -> int:
-        "How many questions it has answered by now."
-        return self.log.read_text().count('completions HTTP/1.1" 200')
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope='module')
 def server(folder):
-    server = Server(folder)
-    try: yield server.ready()
-    finally: server.kill()
+    with Serve(folder) as server: yield server
 
 
 def lines(file: Path) -> int:
@@ -290,7 +255,7 @@ def test_a_request_that_fails_for_good_is_counted_and_the_others_are_answered(se
 def test_the_key_of_the_environment_is_sent_and_written_nowhere(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-secret-1')
     assert module.connect(server.endpoint).api_key == 'sk-secret-1'
-    assert module.told(ValueError('no such key: sk-secret-1')) == 'no such key: …'
+    assert module.error_line(ValueError('no such key: sk-secret-1')) == 'no such key: …'
     ask(server.endpoint, [question('What is light?')], 8, file=tmp_path/'answers.jsonl')
     assert 'secret' not in (tmp_path/'answers.jsonl').read_text() + repr(server.endpoint) + ''.join(capsys.readouterr())
 
@@ -304,13 +269,113 @@ def test_a_far_teacher_writes_what_a_near_one_writes(server, lm, folder, tmp_pat
     before = server.requests
     ask_teacher(far, chats, 128, file=tmp_path/'answers.jsonl')
     assert server.requests == before
-    said = [answers_of(teacher, [preamble(teacher, texts[0])], 12, user=True)[0][0] for teacher in (far, lm)]  # the user's turn
+    said = [next_turns(teacher, [preamble(teacher, texts[0])], 12, user=True)[0][0] for teacher in (far, lm)]  # the user's turn
     assert (said[0].text, said[0].stopped) == (said[1].text, said[1].stopped)
     written = [write_reading(teacher, papers)[0] for teacher in (replace(far, retries=0), lm)]
     assert [chat['paper_id'] for chat in written[0]] == [paper['id'] for paper in papers]
     report = build(dict(train=papers, valid=papers[:0], test=papers[:0]), tmp_path/'set', far, written=2)
     assert report['usage']['answers'] >= 6 and report['total']['read'] == sum(report['total'][verdict] for verdict in OUTCOMES)
     assert (tmp_path/'set'/'answers.jsonl').exists()
+
+
+# --- one that thinks aloud --------------------------------------------------------------------------------------------------------
+
+# Asked for thoughts, the template opens them; asked for none, it closes them; else the model opens them by itself.
+THINKING = CHATML + ("{% if add_generation_prompt and enable_thinking is defined %}"
+                     "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}")
+TEXTS = dict(en=('On heat', 'Waves carry heat from warm bodies to cold bodies. Copper bodies are warm.'),
+             ru=('О тепле', 'Волны несут тепло от тёплых тел к холодным. Медные тела тёплые.'))
+READ = [dict(id=lang, title=title, text=text, lang=lang) for lang, (title, text) in TEXTS.items()]
+ASKS, THINKS, SAYS = (dict(zip(TEXTS, texts)) for texts in (
+    ('What carries the heat of bodies?', 'Что несёт тепло тел?'), ('Is it copper that carries heat?', 'Медные ли тела?'),
+    ('Waves carry it from warm bodies.', 'Волны несут его от тёплых тел.')))
+
+
+def lessons(paper: dict) -> list[tuple[list[dict], str]]:
+    "What is asked about a paper, and what is to come behind the thoughts."
+    ask, answer = ASKS[paper['lang']], SAYS[paper['lang']]
+    first = dict(role='system', content=paper_prompt(paper, 'preamble').format(f"{paper['title']}\n\n{paper['text']}"))
+    return [(question(paper_prompt(paper, 'question').format(paper['text'])), ask), (question(f"{paper['text']}\n\n{ask}"), answer),
+            ([first, *question(ask)], answer), (question(ask), answer)]
+
+
+@pytest.fixture(scope='module')
+def thinker(tmp_path_factory) -> Path:
+    "A folder with a tiny model 'model' that knows its `lessons` by heart: it thinks in a question, unless its thoughts are closed."
+    texts = [text for paper in READ for messages, said in lessons(paper) for text in (messages[0]['content'], said)]
+    tokenizer = train_tokenizer(texts*2, 700)
+    tokenizer.add_tokens([AddedToken('<think>'), AddedToken('</think>')])
+    tokenizer.chat_template = THINKING
+    pairs, ids = [], lambda text: tokenizer(text, add_special_tokens=False)['input_ids']
+    for paper in READ:
+        for messages, said in lessons(paper):
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for closed, aloud in (('', f"<think>\n{THINKS[paper['lang']]}\n</think>\n\n"), ('<think>\n\n</think>\n\n', '')):
+                before, after = ids(prompt + closed), ids(f'{aloud}{said}<|im_end|>')
+                asked = len(before)//2 if messages[0]['role'] == 'system' else len(before)  # behind a preamble the question is learnt, too
+                pairs.append((before + after, [0]*asked + [1]*(len(before) + len(after) - asked)))
+    lm = models.build(tokenizer, hidden=64, context=512)
+    packed = pack([ids for ids, _ in pairs], 256, [mask for _, mask in pairs])
+    fit(lm.model, lambda step: packed.batch([step % len(packed), (step + 1) % len(packed)]),
+        lambda model, batch: dict(loss=lm_loss(model, batch)), 150, learning_rate=1e-2, precision='no')
+    folder = tmp_path_factory.mktemp('thinking')
+    save(lm, folder/'model')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def thinking(thinker) -> Iterator[Endpoint]:
+    with Serve(thinker) as server: yield replace(server.endpoint, tokenizer=str(thinker/'model'))
+
+
+@pytest.mark.parametrize(('options', 'thinks'), [('', True), ('enable_thinking=true', True), ('enable_thinking=false', False)])
+def test_only_what_follows_the_thoughts_is_the_answer_of_a_server(thinking, tmp_path, options, thinks):
+    "Whether the model opens its thoughts, or the template does, or closes them."
+    asked = [question(text) for text in ASKS.values()]
+    for _ in range(2):  # from the server, and from the file
+        answers, usage = ask(replace(thinking, options=options), asked, 60, file=tmp_path/'answers.jsonl')
+        assert [answer.text for answer in answers] == list(SAYS.values()) and all(answer.stopped for answer in answers)
+        assert [answer.thoughts for answer in answers] == (list(THINKS.values()) if thinks else [None, None])
+    kept = (tmp_path/'answers.jsonl').read_text()
+    assert (THINKS['ru'] in kept) == thinks and ('<think>' in kept) == (options == '')  # all that was paid for
+    opened = {'': [], 'enable_thinking=true': ['<think>', '\n'], 'enable_thinking=false': ['<think>', '\n', '\n', '</think>', '\n', '\n']}
+    assert usage.prompt_tokens - ask(thinking, asked, 60)[1].prompt_tokens == 2*len(opened[options])
+
+
+def test_room_for_thoughts_is_asked_of_the_server(thinking):
+    asked = [question(ASKS['en'])]
+    [lost], usage = next_turns(thinking, asked, 4)
+    assert lost.lost and not lost.stopped and usage.completion_tokens == 4
+    [short], usage = next_turns(thinking, asked, 4, thoughts=10)
+    assert short.thoughts == THINKS['en'] and SAYS['en'].startswith(short.text) and not short.stopped and usage.completion_tokens == 14
+    [whole], usage = next_turns(replace(thinking, thoughts=40), asked, 4)
+    assert (whole.text, whole.stopped) == (SAYS['en'], True) and 14 < usage.completion_tokens < 44
+
+
+@pytest.mark.parametrize('write', [write_reading, write_magpie])
+def test_a_question_of_a_server_that_thinks_is_none_of_its_thoughts(thinking, write, monkeypatch):
+    chats, _ = write(thinking, READ)
+    assert [(chat['question'], chat['messages'][-1]['content'], chat['problem']) for chat in chats] == [
+        (ask, answer, '') for ask, answer in zip(ASKS.values(), SAYS.values())]
+    assert not any(thought in json.dumps(chat, ensure_ascii=False) for chat in chats for thought in THINKS.values())
+    if write is write_magpie: return
+    monkeypatch.setattr('scilm_adapt.instruct.budget', lambda teacher: (250, 18))  # out of room within its thoughts
+    lost, _ = write(thinking, READ)
+    assert all(chat['question'] == '' and 'it thought aloud, and came to none' in chat['problem'] for chat in lost) and len(lost) == 2
+
+
+def test_the_command_makes_conversations_with_a_server_that_thinks(thinking, tmp_path, capsys):
+    other = [dict(id='other', title='On salt', text='Salt is white.', lang='en')]
+    papers = DatasetDict({name: Dataset.from_list(part) for name, part in dict(train=READ, valid=other, test=other).items()})
+    papers['test'] = papers['test'].map(lambda paper: dict(id='another'))
+    papers.save_to_disk(str(tmp_path/'papers'))
+    command = ['instruct', str(tmp_path/'papers'), '-o', str(tmp_path/'chats'), '--teacher', f'{thinking.url}#model', '--kinds', 'reading']
+    assert cli.main([*command, '--thoughts', '40', '--template-options', 'enable_thinking=true']) == 0
+    assert 'the teacher thinks aloud in 2 of 2 answers' in capsys.readouterr().out
+    chats, kept = load_from_disk(str(tmp_path/'chats'))['train'], (tmp_path/'chats'/'answers.jsonl').read_text()
+    assert [[message['content'] for message in chat['messages']] for chat in chats] == [
+        [f"{paper['text']}\n\n{ASKS[paper['lang']]}", SAYS[paper['lang']]] for paper in READ]
+    assert all(thought in kept for thought in THINKS.values()) and '<think>' not in kept  # the template has opened them
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------------------
@@ -345,8 +410,6 @@ def test_a_server_that_dies_is_named_and_its_successor_goes_on(server, folder, t
     finally: killer.kill(); killer.wait()
     kept = finished(file)
     assert 7 <= len(kept) < 40
-    successor = Server(folder)  # at another port
-    try:
-        answers, usage = ask(successor.ready().endpoint, FORTY, 48, file=file)
+    with Serve(folder) as successor:  # at another port
+        answers, usage = ask(successor.endpoint, FORTY, 48, file=file)
         assert usage.kept == len(kept) and successor.requests == 40 - len(kept) and answers == whole
-    finally: successor.kill()

@@ -1,15 +1,14 @@
 """Answers: the same alone and together, the same as a plain loop, over where they end, and drawn by address."""
 import pytest
 import torch
-from torch import nn
 from transformers import GenerationConfig
-from world import BABBLE, loud, prompts_of
+from world import BABBLE, loud, prompts_of, scripted
 
 from scilm_adapt import decoding
-from scilm_adapt.decoding import DECODERS, reads_on
+from scilm_adapt.decoding import DECODERS
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import Answer, chat_prompt, continuations, halt_ids, respond, stop_ids, stream, to_answer
-from scilm_adapt.models import families, tiny
+from scilm_adapt.models import LanguageModel, families, tiny
 from scilm_adapt.tokens import DOCUMENT_END, TURN_END, TURN_START, control_tokens, document_ends, encode, pad
 
 
@@ -33,30 +32,12 @@ def naive(lm, prompt: list[int], new: int) -> list[int]:
     return ids[len(prompt):]
 
 
-class Script(nn.Module):
-    "Makes a model say `tokens` one after the other, whatever its input: added to its output head, by the place in the answer."
-    def __init__(self, head, tokens: list[int], start: int):
-        super().__init__()
-        self.head, self.tokens, self.weight, self.place, self.start = head, tokens, head.weight, 0, start
-
-    def forward(self, hidden):
-        logits = torch.zeros(*hidden.shape[:-1], self.weight.shape[0])
-        logits[..., self.tokens[min(self.place, len(self.tokens) - 1)]] = 9.0
-        self.place += 1
-        return logits
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    "A function: a model that says these tokens, one a step."
-    def make(tokens, **sizes):
-        lm = loud(**sizes)
-        names = lm.tokenizer.convert_tokens_to_ids
-        ids = [i for token in tokens for i in ([names(token)] if token in control_tokens(lm.tokenizer) else lm.tokenizer.encode(token))]
-        reads_on(lm.model)  # which asks the model a few things, for once before it says what it is told to say
-        lm.model.lm_head = Script(lm.model.lm_head, ids, 0)
-        return lm, ids
-    return make
+def saying(tokens: list[str], **sizes) -> tuple[LanguageModel, list[int]]:
+    "A model that says these tokens, one a step, and their ids."
+    lm = loud(**sizes)
+    names = lm.tokenizer.convert_tokens_to_ids
+    ids = [i for token in tokens for i in ([names(token)] if token in control_tokens(lm.tokenizer) else lm.tokenizer.encode(token))]
+    return scripted(lm, ids), ids
 
 
 # --- the same answer in every way
@@ -109,8 +90,8 @@ def test_stops_and_halts_come_from_the_template():
 
 
 @pytest.mark.parametrize('end, stopped', [(TURN_END, True), (DOCUMENT_END, True), (TURN_START, False)])
-def test_an_answer_ends_with_its_first_halt(scripted, end, stopped):
-    lm, ids = scripted(['Heat', end, 'never said'])
+def test_an_answer_ends_with_its_first_halt(end, stopped):
+    lm, ids = saying(['Heat', end, 'never said'])
     halt = lm.tokenizer.convert_tokens_to_ids(end)
     answer, = respond(lm, [encode(lm.tokenizer, 'Well?')], 12)
     assert answer == Answer(ids[:ids.index(halt) + 1], 'Heat', stopped)
@@ -118,8 +99,8 @@ def test_an_answer_ends_with_its_first_halt(scripted, end, stopped):
     assert ''.join(stream(lm, encode(lm.tokenizer, 'Well?'), 12)) == 'Heat'
 
 
-def test_an_answer_that_runs_out_of_room_has_not_stopped(scripted):
-    lm, ids = scripted(['Heat flows', TURN_END])
+def test_an_answer_that_runs_out_of_room_has_not_stopped():
+    lm, ids = saying(['Heat flows', TURN_END])
     answer, = respond(lm, [[5]], max_new_tokens=len(ids) - 1)
     assert answer == Answer(ids[:-1], 'Heat flows', False)
     lm.model.lm_head.place = 0
@@ -132,8 +113,8 @@ def test_a_filling_token_after_the_end_is_no_part_of_the_answer(lm):
     assert to_answer(lm, rows, halt_ids(lm), stop_ids(lm)).ids == [9, end]
 
 
-def test_other_control_tokens_are_left_out_of_the_text_only(scripted):
-    lm, _ = scripted(['Heat', TURN_END])
+def test_other_control_tokens_are_left_out_of_the_text_only():
+    lm, _ = saying(['Heat', TURN_END])
     lm.tokenizer.add_tokens(['<|note|>'])
     think = lm.tokenizer.convert_tokens_to_ids('<|note|>')
     assert think not in halt_ids(lm)
@@ -186,8 +167,8 @@ def test_continuations_are_what_the_decoder_writes_until_the_document_ends(lm, d
     if decoder == 'sampling': assert [answer.ids for answer in continuations(lm, prompts, decoder, 8, seed=4)] != [a.ids for a in found]
 
 
-def test_a_document_ends_with_its_own_end_and_not_with_a_turn(scripted):
-    lm, ids = scripted(['Heat', TURN_END, 'flows', DOCUMENT_END, 'never said'])
+def test_a_document_ends_with_its_own_end_and_not_with_a_turn():
+    lm, ids = saying(['Heat', TURN_END, 'flows', DOCUMENT_END, 'never said'])
     answer, = continuations(lm, [encode(lm.tokenizer, 'Well?')], max_new_tokens=20)
     assert answer.ids == ids[:ids.index(document_ends(lm.tokenizer)[1]) + 1] and answer.stopped
 
@@ -201,14 +182,14 @@ def test_what_cannot_be_continued_is_named(lm, arguments, named):
 # --- streaming and prompts
 
 @pytest.mark.parametrize('text', ['жар ≤ 1', '熱は流れる', 'a 🧪 and a 🔬', 'e\u0301 and ﬁ', 'plain'])
-def test_a_stream_never_yields_half_a_letter(scripted, text):
-    lm, ids = scripted([text, TURN_END], size=300)
+def test_a_stream_never_yields_half_a_letter(text):
+    lm, ids = saying([text, TURN_END], size=300)
     pieces = list(stream(lm, [5], 60))
     assert ''.join(pieces) == text and not any('\ufffd' in piece or piece == '' for piece in pieces)
 
 
-def test_a_stream_that_ends_within_a_letter_shows_that(scripted):
-    lm, ids = scripted(['ж', TURN_END], size=300)
+def test_a_stream_that_ends_within_a_letter_shows_that():
+    lm, ids = saying(['ж', TURN_END], size=300)
     assert len(ids) > 2
     assert ''.join(stream(lm, [5], 1)) == '\ufffd'
 

@@ -11,32 +11,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from scilm_adapt import instruct
 from scilm_adapt.duplicates import Evaluation
 from scilm_adapt.endpoint import Endpoint, finished
 from scilm_adapt.errors import InputError
-from scilm_adapt.files import read_json, write_text
+from scilm_adapt.files import read_json, seal, write_text
 from scilm_adapt.generate import Answer
 from scilm_adapt.instruct import (
-    COLUMNS,
-    OPEN,
+    CHAT_COLUMNS,
+    OPEN_KINDS,
     TAUGHT,
-    Sieve,
-    answers_of,
+    QualityFilter,
+    answer_filters,
     ask_teacher,
     build,
     candidate,
     endpoint_tokenizer,
-    filters,
+    excerpt_of,
     kinds_of,
     mine_all,
-    passage_of,
+    next_turns,
     preamble,
     prepare,
     question_in,
-    refused,
+    refusal_of,
     user_ids,
     user_prompt,
     write_magpie,
@@ -116,7 +116,7 @@ def test_kinds_are_named_one_way_or_another():
     assert kinds_of('', kinds) == kinds_of('all', kinds) == list(kinds) and kinds_of(list(TAUGHT), kinds) == list(TAUGHT)
     assert kinds_of('terms, title', kinds) == kinds_of('terms title', kinds) == ['title', 'terms']
     with pytest.raises(InputError, match="no kind of conversation 'titel'; the kinds are title"): kinds_of('terms,titel', kinds)
-    assert set(TAUGHT) | set(OPEN) <= set(kinds)
+    assert set(TAUGHT) | set(OPEN_KINDS) <= set(kinds)
 
 
 def test_conversations_that_do_not_fit_are_left_out_and_none_is_cut(random_teacher):
@@ -162,7 +162,7 @@ def test_the_paper_keeps_its_answer_where_the_teacher_does_not_stop(random_teach
     assert ask_teacher(random_teacher, chats, 128) == chats  # random weights go on for ever
     wordy = taught('Heat flows always. '*12)
     chats = mine_all(many(20), wordy.tokenizer, 128)[:12]
-    answers, _ = answers_of(wordy, [chat['messages'][:1] for chat in chats], 32, context=128)
+    answers, _ = next_turns(wordy, [chat['messages'][:1] for chat in chats], 32, context=128)
     assert sum(bool(answer and len(answer.text.split()) > 2) for answer in answers) > 5 and ask_teacher(wordy, chats, 128) == chats
 
 
@@ -191,7 +191,7 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked():
     prompts = [len(encode_chat(teacher.tokenizer, chat['messages'][:1], True)[0]) for chat in chats]
     assert max(prompts) + 96//4 > 96
     assert [chat['paper_id'] for chat in ask_teacher(teacher, chats, 96)] == [chat['paper_id'] for chat in chats]
-    answers, usage = answers_of(teacher, [chat['messages'][:1] for chat in chats], 24)
+    answers, usage = next_turns(teacher, [chat['messages'][:1] for chat in chats], 24)
     assert usage.missing == answers.count(None) == sum(prompt + 24 > 96 for prompt in prompts)
     assert usage.answers == len(chats) - usage.missing
 
@@ -201,7 +201,7 @@ import json, pathlib, sys, torch
 from scilm_adapt import instruct
 from scilm_adapt.models import load
 torch.set_num_threads(1)
-instruct.PART = 8
+instruct.CHUNK = 8
 instruct.ask_teacher(load(sys.argv[1], device='cpu'), json.loads(pathlib.Path(sys.argv[2]).read_text()), 128, file=sys.argv[3])
 '''
 
@@ -219,7 +219,7 @@ def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypat
     finally: client.kill(); client.wait()
     kept = len(finished(file))
     assert 17 <= kept < 96, 'it was killed in the middle of its work'
-    monkeypatch.setattr(instruct, 'PART', 8)
+    monkeypatch.setattr(instruct, 'CHUNK', 8)
     computed, respond = [], instruct.respond
     monkeypatch.setattr(instruct, 'respond', lambda lm, prompts, *a, **k: computed.append(len(prompts)) or respond(lm, prompts, *a, **k))
     resumed = ask_teacher(fluent, chats, 128, file=file)
@@ -243,10 +243,10 @@ def test_the_question_is_found_in_what_a_teacher_writes(text, question):
 
 
 def test_a_passage_is_whole_sentences_and_of_a_long_paper_from_anywhere():
-    assert passage_of(ENGLISH, 100) == ' '.join(ENGLISH['text'].split())
-    assert passage_of(RUSSIAN, 12) == RUSSIAN['text'][:RUSSIAN['text'].index(' Ёмкость')] and passage_of(ENGLISH, 2) == ''
+    assert excerpt_of(ENGLISH, 100) == ' '.join(ENGLISH['text'].split())
+    assert excerpt_of(RUSSIAN, 12) == RUSSIAN['text'][:RUSSIAN['text'].index(' Ёмкость')] and excerpt_of(ENGLISH, 2) == ''
     long = ENGLISH | dict(sections=[dict(title=str(n), text=f'Section {n} has a sentence of its own. It ends here.') for n in range(40)])
-    passages = {passage_of(long, 20, seed) for seed in range(20)}
+    passages = {excerpt_of(long, 20, seed) for seed in range(20)}
     assert len(passages) > 5 and all(len(passage.split()) <= 20 and passage[-1] in '.!?' for passage in passages)
 
 
@@ -270,7 +270,7 @@ def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher
         else:
             assert len(whole) >= 4 and all(chat['stopped'] for chat in whole) and write(asker, papers)[0] == chats
             for chat in whole if write is write_reading else []:
-                assert chat['messages'][0]['content'].partition('\n\n')[0] in {passage_of(paper, 51) for paper in papers}
+                assert chat['messages'][0]['content'].partition('\n\n')[0] in {excerpt_of(paper, 51) for paper in papers}
 
 
 def test_a_preamble_finds_its_place_in_any_template(random_teacher):
@@ -311,8 +311,8 @@ def judged(name: str, text: str) -> dict:
 @pytest.mark.parametrize('paper,answer', GOOD, ids=['English', 'Russian'])
 def test_a_good_answer_passes_every_filter(paper, answer):
     question = 'Что переходит от тёплых тел?' if paper is RUSSIAN else 'What flows from warm bodies?'
-    assert refused(chat_of(paper, answer, question), paper) == ('', '')
-    assert refused(chat_of(paper, answer.replace('bodies', '1200 bodies').replace('тел', '1,200 тел', 1), question), paper) == ('', '')
+    assert refusal_of(chat_of(paper, answer, question), paper) == ('', '')
+    assert refusal_of(chat_of(paper, answer.replace('bodies', '1200 bodies').replace('тел', '1,200 тел', 1), question), paper) == ('', '')
 
 
 @pytest.mark.parametrize(('name', 'text'), EACH, ids=[f'{name}-{text[:20]}' for name, text in EACH])
@@ -320,36 +320,36 @@ def test_each_filter_refuses_what_it_is_for(name, text):
     paper = judged(name, text)
     question = 'Откуда идёт вся теплота?' if paper is RUSSIAN else 'What flows from warm bodies?'
     chat = chat_of(paper, text, question)
-    assert filters[name](chat, paper), f'{name} lets it pass'
-    assert name in {'grounding', 'loop', 'copy'} or refused(chat, paper)[0] == name
-    assert refused(chat, paper)[1]
-    assert refused(chat | dict(author='paper'), paper) == ('', '')  # a paper's own answers are true, whole, and as short as they are
+    assert answer_filters[name](chat, paper), f'{name} lets it pass'
+    assert name in {'grounding', 'loop', 'copy'} or refusal_of(chat, paper)[0] == name
+    assert refusal_of(chat, paper)[1]
+    assert refusal_of(chat | dict(author='paper'), paper) == ('', '')  # a paper's own answers are true, whole, and as short as they are
 
 
-def test_an_answer_without_an_end_and_a_question_about_something_else_are_refused():
+def test_an_answer_without_an_end_and_a_question_about_something_else_are_refusal_of():
     for paper, answer in GOOD:
-        assert refused(chat_of(paper, answer, stopped=False), paper)[0] == 'truncated'
-        assert refused(chat_of(paper, answer + '\ufffd'), paper)[0] == 'truncated'
+        assert refusal_of(chat_of(paper, answer, stopped=False), paper)[0] == 'truncated'
+        assert refusal_of(chat_of(paper, answer + '\ufffd'), paper)[0] == 'truncated'
         away = 'Who composed famous operas?' if paper is ENGLISH else 'Который композитор сочинил знаменитые оперы?'
-        assert refused(chat_of(paper, answer, away), paper)[0] == 'grounding'
+        assert refusal_of(chat_of(paper, answer, away), paper)[0] == 'grounding'
 
 
 def test_a_passage_given_back_is_a_copy_and_a_quoted_sentence_is_none():
     for paper in (ENGLISH, RUSSIAN):
-        passage, question = passage_of(paper, 100), 'What carries heat here?' if paper is ENGLISH else 'Что проводит теплоту лучше?'
+        passage, question = excerpt_of(paper, 100), 'What carries heat here?' if paper is ENGLISH else 'Что проводит теплоту лучше?'
         chat = chat_of(paper, passage, question, 'reading') | dict(messages=[dict(role='user', content=f'{passage}\n\n{question}'),
                                                                            dict(role='assistant', content=passage)])
-        assert refused(chat, paper)[0] == 'copy'
+        assert refusal_of(chat, paper)[0] == 'copy'
         quote = ENGLISH['text'].split('\n')[1].partition('? ')[2] if paper is ENGLISH else 'Электроны меди свободны.'
         chat['messages'][1]['content'] = quote
-        assert refused(chat, paper) == ('', '')
+        assert refusal_of(chat, paper) == ('', '')
 
 
-# --- the sieve --------------------------------------------------------------------------------------------------------------------
+# --- the quality filter -------------------------------------------------------------------------------------------------------------
 
 def test_every_candidate_gets_one_verdict_and_every_refusal_a_reason():
     asked = 'Where do all of the electrons of cold copper bodies go at night?'
-    sieve = Sieve(Evaluation([asked]))
+    quality = QualityFilter(Evaluation([asked]))
     good = chat_of(ENGLISH, GOOD[0][1])
     candidates = [
         (good, 'kept'), (good, 'duplicates'),
@@ -361,22 +361,22 @@ def test_every_candidate_gets_one_verdict_and_every_refusal_a_reason():
         (chat_of(ENGLISH, '', problem='no question'), 'quarantined'),
         (mine(ENGLISH, 'title'), 'kept'), (mine(ENGLISH, 'title'), 'duplicates'), (mine(RUSSIAN, 'terms'), 'kept')]
     for n, (chat, verdict) in enumerate(candidates, 1):
-        assert sieve.passes(chat, RUSSIAN if chat['lang'] == 'ru' else ENGLISH, 'train', n) == (verdict == 'kept'), (n, verdict)
-    assert sieve.counts['train'] == Counter(verdict for _, verdict in candidates)
-    counts = {name: entry['count'] for name, entry in sieve.refusals.items() if entry['count']}
+        assert quality.passes(chat, RUSSIAN if chat['lang'] == 'ru' else ENGLISH, 'train', n) == (verdict == 'kept'), (n, verdict)
+    assert quality.counts['train'] == Counter(verdict for _, verdict in candidates)
+    counts = {name: entry['count'] for name, entry in quality.refusals.items() if entry['count']}
     assert counts == dict(refusal=1, duplicates=5, decontamination=1)
-    for entry in sieve.refusals.values():
+    for entry in quality.refusals.values():
         assert len(entry['samples']) == min(5, entry['count']) and all(sample['reason'] and sample['answer'] for sample in entry['samples'])
-    assert [row | dict(raw='') for row in sieve.quarantine] == [dict(file='train', line=8, reason='no question', raw='')]
+    assert [row | dict(raw='') for row in quality.quarantine] == [dict(file='train', line=8, reason='no question', raw='')]
 
 
 def test_mined_answers_may_repeat_and_a_refused_question_can_still_be_asked():
-    sieve, question = Sieve(), mine(ENGLISH, 'title')['messages'][0]['content']
-    assert not sieve.passes(candidate(ENGLISH, 'title', '', question, Answer([], 'I cannot say.', True)), ENGLISH, 'train', 1)
-    assert sieve.passes(mine(ENGLISH, 'title'), ENGLISH, 'train', 1)  # the paper's own answer takes the place
+    quality, question = QualityFilter(), mine(ENGLISH, 'title')['messages'][0]['content']
+    assert not quality.passes(candidate(ENGLISH, 'title', '', question, Answer([], 'I cannot say.', True)), ENGLISH, 'train', 1)
+    assert quality.passes(mine(ENGLISH, 'title'), ENGLISH, 'train', 1)  # the paper's own answer takes the place
     for n in range(3):
         yes = [dict(role='user', content=f'{n}?'), dict(role='assistant', content='Yes.')]
-        assert sieve.passes(mine(ENGLISH, 'title') | dict(messages=yes), ENGLISH, 'train', 1)
+        assert quality.passes(mine(ENGLISH, 'title') | dict(messages=yes), ENGLISH, 'train', 1)
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------------------
@@ -394,7 +394,6 @@ def numbers_add_up(report: dict) -> None:
 @pytest.fixture(scope='module')
 def published(tmp_path_factory) -> Path:
     "A set made with a teacher, from a folder as `scilm papers` writes it."
-    from datasets import Dataset, DatasetDict
     folder = tmp_path_factory.mktemp('built')
     parts = split([ENGLISH, RUSSIAN, *many(200)])
     extra = dict(lang='', topics=[], keywords=[], tldr='', sections=[dict(title='', text='')])
@@ -410,7 +409,8 @@ def test_the_folder_opens_and_its_counts_add_up(published):
     data, report = load_from_disk(str(published/'set')), read_json(published/'set'/'report.json')
     numbers_add_up(report)
     assert list(data) == list(SPLITS) == [row['file'] for row in report['files']]
-    for row in report['files']: assert data[row['file']].num_rows == row['kept'] > 10 and data[row['file']].column_names == list(COLUMNS)
+    for row in report['files']:
+        assert data[row['file']].num_rows == row['kept'] > 10 and data[row['file']].column_names == list(CHAT_COLUMNS)
     chat = data['train'][0]
     assert [message['role'] for message in chat['messages']] == ['user', 'assistant'] and chat['messages'][0].keys() == {'role', 'content'}
     assert report['total']['decontaminated'] and report['total']['filtered'] and report['total']['duplicates']
@@ -506,11 +506,14 @@ def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, fluent, random_
     assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
     assert all(chat['author'] == 'paper' and chat['messages'][1]['content'] == chat['reference'] for chat in chats.valid + chats.test)
     by_teacher = [chat for chat in chats.train if chat['author'] == 'teacher']
-    counts = read_json(chats.folder/'report.json')['train']
-    assert by_teacher and counts['authors']['teacher'] == len(by_teacher) and all(chat['author'] == 'paper' for chat in chats.train[20:])
-    assert all(chat['lang'] == 'en' for chat in by_teacher) and counts['refused']['language'] >= 3  # it knows one English sentence
+    report = read_json(chats.folder/'report.json')
+    numbers_add_up(report)
+    refused = {name: entry['count'] for name, entry in report['filters'].items()}
+    assert by_teacher and report['authors']['train']['teacher'] == len(by_teacher)
+    assert all(chat['author'] == 'paper' for chat in chats.train[20:])
+    assert all(chat['lang'] == 'en' for chat in by_teacher) and refused['language'] >= 3  # it knows one English sentence
     out = capsys.readouterr().out
-    assert f'{len(by_teacher)} answered by the teacher (of 20 asked)' in out and f"language {counts['refused']['language']}" in out
+    assert f'{len(by_teacher)} answered by the teacher (of 20 asked)' in out and f"language {refused['language']}" in out
     assert prepare(Run(tmp_path), corpus, fluent, **sizes) == chats and 'already done' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != '.'] == ['chats']
     other = prepare(Run(tmp_path), corpus, random_teacher, **sizes)  # another teacher, other answers
@@ -518,7 +521,7 @@ def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, fluent, random_
 
 
 def test_the_stage_goes_on_after_the_answers_that_it_had(tmp_path, corpus, fluent, monkeypatch):
-    monkeypatch.setattr(instruct, 'PART', 4)
+    monkeypatch.setattr(instruct, 'CHUNK', 4)
     sizes, respond, asked = dict(conversations=60, teacher_answers=20, held_out=12, context=128), instruct.respond, []
     def counted(lm, prompts, *rest, **options):
         if len(asked) == dies: raise RuntimeError('the power fails')
@@ -549,8 +552,8 @@ def test_the_stage_is_made_anew_for_another_template_or_other_kinds(tmp_path, co
 
 
 def test_the_stage_asks_a_teacher_only_what_has_many_right_answers(tmp_path, corpus, fluent, monkeypatch):
-    asked, whole = [], instruct.ask_teacher
-    monkeypatch.setattr(instruct, 'ask_teacher', lambda lm, chats, *more: asked.extend(c['kind'] for c in chats) or whole(lm, chats, *more))
+    asked, whole = [], instruct.own_answers
+    monkeypatch.setattr(instruct, 'own_answers', lambda lm, chats, *more: asked.extend(c['kind'] for c in chats) or whole(lm, chats, *more))
     chats = prepare(Run(tmp_path), corpus, fluent, conversations=60, teacher_answers=60, held_out=5, context=128, kinds='order explanation')
     assert {chat['kind'] for chat in chats.train if chat['author'] == 'teacher'} == set(asked) == {'explanation'}
 
@@ -567,3 +570,94 @@ def test_papers_that_yield_nothing_are_named(tmp_path, corpus, random_teacher):
     bare = Corpus(bare, {}, corpus.folder)
     with pytest.raises(InputError, match='papers with titles and several sentences'): prepare(Run(tmp_path), bare, random_teacher)
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != '.'] == []
+
+
+def test_a_run_does_not_pay_for_the_same_answers_again(tmp_path, corpus, fluent, monkeypatch):
+    sizes = dict(teacher_answers=20, held_out=5, context=128)
+    chats = prepare(Run(tmp_path), corpus, fluent, conversations=40, **sizes)
+    monkeypatch.setattr(instruct, 'respond', lambda *a, **k: pytest.fail('asked again'))
+    more = prepare(Run(tmp_path), corpus, fluent, conversations=60, **sizes)
+    assert more.train[:40] == chats.train and len(more.train) == 60
+
+
+def test_what_stands_in_an_evaluation_set_is_not_learnt(tmp_path, corpus, fluent):
+    sizes = dict(conversations=60, teacher_answers=20, held_out=12, context=128)
+    before = prepare(Run(tmp_path/'a'), corpus, fluent, **sizes)
+    asked = next(chat for chat in before.train[30:] if len(chat['messages'][0]['content'].split()) > 15)
+    named = str(write_text(tmp_path/'evaluation.txt', ' '.join(asked['messages'][0]['content'].split())))
+    after = prepare(Run(tmp_path/'b'), corpus, fluent, **sizes, evaluation=named)
+    report = read_json(after.folder/'report.json')
+    assert asked not in after.train and 40 < len(after.train) < 60 and [chat for chat in before.train if chat in after.train] == after.train
+    assert report['total']['decontaminated'] and '0' not in {str(row['kept']) for row in report['files']}
+    numbers_add_up(report)
+
+
+# --- a run from a folder ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, corpus) -> Path:
+    "What `scilm instruct` writes with a teacher, from the papers of the corpus."
+    folder = tmp_path_factory.mktemp('given')/'set'
+    build(corpus.science, folder, taught('Heat flows always.'), written=60, kinds='title answer')
+    return folder
+
+
+def test_a_run_starts_from_a_folder_of_conversations(tmp_path, corpus, folder, random_teacher, capsys):
+    chats = prepare(Run(tmp_path/'run'), corpus, random_teacher, context=128, chats=str(folder))
+    given, tokenizer = load_from_disk(str(folder)), random_teacher.tokenizer
+    for name in SPLITS:
+        assert getattr(chats, name) == [chat for chat in given[name] if len(encode_chat(tokenizer, chat['messages'])[0]) <= 128]
+    assert any(chat['author'] == 'teacher' for chat in chats.train)
+    report = read_json(chats.folder/'report.json')
+    numbers_add_up(report)
+    assert report['total']['read'] == sum(map(len, given.values())) and f'conversations of {folder}' in capsys.readouterr().out
+    assert prepare(Run(tmp_path/'run'), corpus, random_teacher, context=128, chats=str(folder)) == chats  # kept
+    assert 'already done' in capsys.readouterr().out
+    few = prepare(Run(tmp_path/'run'), corpus, random_teacher, context=100, chats=str(folder))
+    left = read_json(few.folder/'report.json')
+    assert 0 < len(few.train) < len(chats.train) and left['filters']['context']['count'] == left['total']['filtered'] > 0
+    again = prepare(Run(tmp_path/'other'), corpus, random_teacher, context=128, chats=str(tmp_path/'run'/'chats'))  # a run's are as good
+    assert again.train == few.train
+
+
+def test_evaluation_sets_are_compared_with_given_conversations_as_well(tmp_path, corpus, folder, random_teacher):
+    given = load_from_disk(str(folder))['train']
+    long = next(chat for chat in given if len(chat['messages'][0]['content'].split()) > 15)
+    named = str(write_text(tmp_path/'evaluation.txt', ' '.join(long['messages'][0]['content'].split())))
+    chats = prepare(Run(tmp_path/'run'), corpus, random_teacher, context=256, chats=str(folder), evaluation=named)
+    assert long not in chats.train and len(chats.train) < len(given)
+
+
+def moved(corpus: Corpus, identity: str, to: str) -> Corpus:
+    "The corpus with one paper in another split."
+    every = {name: [paper for paper in part if paper['id'] != identity] for name, part in corpus.science.items()}
+    [one] = [paper for part in corpus.science.values() for paper in part if paper['id'] == identity]
+    return Corpus(every | {to: [*every[to], one]}, corpus.general, corpus.folder)
+
+
+@pytest.mark.parametrize(('there', 'here'), [('train', 'test'), ('train', 'valid'), ('valid', 'test'), ('test', 'train')])
+def test_no_paper_that_is_measured_is_learnt(tmp_path, corpus, folder, random_teacher, there, here):
+    identity = load_from_disk(str(folder))[there]['paper_id'][0]
+    with pytest.raises(InputError, match=f"'{identity}' is in the {there} split there, and in the {here} split here"):
+        prepare(Run(tmp_path/'run'), moved(corpus, identity, here), random_teacher, chats=str(folder))
+    assert not (tmp_path/'run'/'chats').exists()
+
+
+def test_papers_that_the_run_does_not_have_stay_where_they_are(tmp_path, corpus, folder, random_teacher):
+    fewer = Corpus({name: part[:len(part)//2] for name, part in corpus.science.items()}, corpus.general, corpus.folder)
+    whole, part = (prepare(Run(tmp_path/str(n)), papers, random_teacher, chats=str(folder)) for n, papers in enumerate((corpus, fewer)))
+    assert (whole.train, whole.valid, whole.test) == (part.train, part.valid, part.test)
+
+
+def test_a_folder_that_holds_no_conversations_or_has_changed_is_named(tmp_path, corpus, folder, random_teacher):
+    def given(path) -> None: prepare(Run(tmp_path/'run'), corpus, random_teacher, chats=str(path))
+    with pytest.raises(InputError, match='nothing: these are no conversations'): given(tmp_path/'nothing')
+    shutil.copytree(folder, tmp_path/'changed')
+    with open(next((tmp_path/'changed'/'train').glob('*.arrow')), 'r+b') as file: file.seek(2000); file.write(b'x')
+    with pytest.raises(InputError, match='changed: these are no conversations, or they have changed.*arrow'): given(tmp_path/'changed')
+    DatasetDict({name: Dataset.from_list(part) for name, part in corpus.science.items()}).save_to_disk(str(tmp_path/'papers'))
+    with pytest.raises(InputError, match='papers: these are no conversations.*manifest'): given(tmp_path/'papers')
+    seal(tmp_path/'papers')
+    with pytest.raises(InputError, match='splits train, valid, test with the columns messages, paper_id'): given(tmp_path/'papers')
+    with pytest.raises(InputError, match='The train split yields no conversation that fits into 4 tokens; raise context, or give other'):
+        prepare(Run(tmp_path/'run'), corpus, random_teacher, context=4, chats=str(folder))

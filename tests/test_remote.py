@@ -5,11 +5,11 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from world import completion, listening
 
 from scilm_adapt.alignment import token_bytes
 from scilm_adapt.divergence import head_of
@@ -49,27 +49,11 @@ class Server:
     asked: list = field(default_factory=list)
 
     def __enter__(self) -> 'Server':
-        owner, self.table = self, token_bytes(self.lm.tokenizer)
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-                body = json.dumps(owner.answer(request)).encode()
-                self.send_response(200)
-                self.send_header('Content-Type', 'application/json')
-                self.send_header('Content-Length', str(len(body)))
-                self.end_headers()
-                try: self.wfile.write(body)
-                except OSError: pass  # the client was killed
-
-            def log_message(self, *words): pass
-        self.lock, self.server = threading.Lock(), ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = Endpoint(f'http://127.0.0.1:{self.server.server_port}/v1', 'm', retries=0)
+        self.table, self.lock, self.context = token_bytes(self.lm.tokenizer), threading.Lock(), listening(self.answer)
+        self.endpoint = self.context.__enter__()
         return self
 
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *error): return self.context.__exit__(*error)
 
     def word(self, i: int, logprob: float, by_number: bool) -> dict:
         text, known = self.lm.tokenizer.decode([i]), self.table[i]
@@ -89,10 +73,8 @@ class Server:
         ids = answer.ids[:-1] if self.style == 'openai' and answer.stopped else answer.ids
         content = [self.word(i, line[i].item(), by_number) | dict(top_logprobs=[self.word(j, line[j].item(), by_number)
                    for j in line.topk(k).indices.tolist()]) for i, line in zip(ids, lines)]
-        choice = dict(index=0, message=dict(role='assistant', content=answer.text), finish_reason='stop' if answer.stopped else 'length',
-                      logprobs=dict(content=content) if request.get('logprobs') and self.style != 'silent' else None)
-        return dict(id='1', object='chat.completion', created=0, model='m', choices=[choice],
-                    usage=dict(prompt_tokens=len(prompt), completion_tokens=len(answer.ids), total_tokens=0))
+        told = dict(content=content) if request.get('logprobs') and self.style != 'silent' else None
+        return completion(dict(content=answer.text), 'stop' if answer.stopped else 'length', (len(prompt), len(answer.ids)), logprobs=told)
 
 
 @pytest.fixture(scope='module')

@@ -2,11 +2,14 @@
 import gzip
 import io
 import json
+import struct
 import sys
 import tracemalloc
 import zipfile
+from xml.sax.saxutils import escape
 
 import pytest
+import xlwt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -539,6 +542,88 @@ def test_an_open_document_and_an_old_spreadsheet_are_told(tmp_path):
     old = b'\xd0\xcf\x11\xe0' + b'\0'*100
     assert format_of(old, 'a.xls') == 'spreadsheet' and format_of(old, 'a.doc') == 'docx'
     assert format_of(old + 'Workbook'.encode('utf-16-le') + b'\0', 'a') == 'spreadsheet'
+
+
+SHEETS = {'About': [['These tables were exported on Monday'], ['by', 'nobody']],
+          'English': [['All of our papers about heat'], [], ['No', 'Title', 'Abstract', 'Year'], [1, 'On heat', HEAT, 2021],
+                      ['', '', '', ''], [2, 'On ice & <water>', 'Ice melts.\nIt is cold.', 2022.5]],
+          'Русский': [['Статьи о тепле'], ['Название', 'Аннотация'], ['О теплоте', ТЕПЛО]]}
+READ = [('On heat', HEAT), ('On ice & <water>', 'Ice melts.\nIt is cold.'), ('О теплоте', ТЕПЛО)]
+
+
+def old_excel() -> bytes:
+    "The sheets as Excel wrote them until 2003 (.xls)."
+    book, memory = xlwt.Workbook(), io.BytesIO()
+    for name, lines in SHEETS.items():
+        page = book.add_sheet(name)
+        for row, cells in enumerate(lines):
+            for column, cell in enumerate(cells): page.write(row, column, cell)
+    book.save(memory)
+    return memory.getvalue()
+
+
+def open_document() -> bytes:
+    "The sheets as LibreOffice writes them (.ods): equal cells and rows once with a number, a paragraph for each line."
+    def cell(value: str | float) -> str:
+        if value == '': return '<table:table-cell/>'
+        kind = f'office:value-type="float" office:value="{value}"' if not isinstance(value, str) else 'office:value-type="string"'
+        lines = ''.join(f'<text:p>{escape(line)}</text:p>' for line in str(value).split('\n'))
+        return f'<table:table-cell {kind}>{lines}</table:table-cell>'
+    rest, pages = ' table:number-rows-repeated="1048000"', ''
+    empty = '<table:table-row{}><table:table-cell table:number-columns-repeated="16384"/></table:table-row>'
+    for name, lines in SHEETS.items():
+        found = ''.join(f"<table:table-row>{''.join(map(cell, cells))}</table:table-row>" if any(cells) else empty.format('')
+                        for cells in lines)
+        pages += f'<table:table table:name="{name}">{found}{empty.format(rest)}</table:table>'
+    spaces = ' '.join(f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"' for name in ('office', 'table', 'text'))
+    content = (f'<?xml version="1.0" encoding="UTF-8"?><office:document-content {spaces} office:version="1.2"><office:body>'
+               f'<office:spreadsheet>{pages}</office:spreadsheet></office:body></office:document-content>')
+    manifest = ('<manifest:manifest xmlns:manifest="urn:oasis:names:tc:opendocument:xmlns:manifest:1.0">'
+                '<manifest:file-entry manifest:full-path="content.xml" manifest:media-type="text/xml"/></manifest:manifest>')
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, 'w') as archive:
+        archive.writestr('mimetype', 'application/vnd.oasis.opendocument.spreadsheet')
+        archive.writestr('content.xml', content, zipfile.ZIP_DEFLATED)
+        archive.writestr('META-INF/manifest.xml', manifest)
+    return memory.getvalue()
+
+
+def binary_excel() -> bytes:
+    "The sheets as Excel's binary workbook (.xlsb): records of a number, a length and data."
+    def number(value: int) -> bytes: return bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
+    def record(kind: int, data: bytes = b'') -> bytes: return number(kind) + number(len(data)) + data
+    def text(value: str) -> bytes: return struct.pack('<I', len(value.encode('utf-16-le'))//2) + value.encode('utf-16-le')
+    def cell(column: int, value: str | float) -> bytes:
+        at = struct.pack('<II', column, 0)
+        return record(6, at + text(value)) if isinstance(value, str) else record(5, at + struct.pack('<d', value))
+    memory, space = io.BytesIO(), 'http://schemas.openxmlformats.org/'
+    one = f'Type="{space}officeDocument/2006/relationships/worksheet" Target="worksheets/sheet'
+    with zipfile.ZipFile(memory, 'w') as archive:
+        archive.writestr('[Content_Types].xml', f'<Types xmlns="{space}package/2006/content-types"/>')
+        links = ''.join(f'<Relationship Id="r{n}" {one}{n}.bin"/>' for n in range(len(SHEETS)))
+        archive.writestr('xl/_rels/workbook.bin.rels', f'<Relationships xmlns="{space}package/2006/relationships">{links}</Relationships>')
+        pages = b''.join(record(156, struct.pack('<II', 0, n + 1) + text(f'r{n}') + text(name)) for n, name in enumerate(SHEETS))
+        archive.writestr('xl/workbook.bin', record(131) + record(143) + pages + record(144) + record(132))
+        for n, lines in enumerate(SHEETS.values()):
+            size = record(148, struct.pack('<IIII', 0, len(lines) - 1, 0, 3))
+            found = b''.join(record(0, struct.pack('<I', row) + bytes(21)) + b''.join(cell(*pair) for pair in enumerate(cells))
+                             for row, cells in enumerate(lines))
+            archive.writestr(f'xl/worksheets/sheet{n}.bin', record(129) + size + record(145) + found + record(146) + record(130))
+    return memory.getvalue()
+
+
+@pytest.mark.parametrize(('suffix', 'make'), [('xls', old_excel), ('ods', open_document), ('xlsb', binary_excel)])
+def test_spreadsheets_of_other_programs_are_read_as_well(tmp_path, suffix, make):
+    "Two languages, three sheets, words before the header; known by what is in the file, whatever its name."
+    data = make()
+    for name in (f'a.{suffix}', 'a', 'a.xlsx', f'a.{suffix}.gz'):
+        path = write(tmp_path/name, gzip.compress(data) if name.endswith('gz') else data)
+        assert [(title, text) for _, title, text in told(path)] == READ, name
+    entries = list(rows(str(tmp_path/f'a.{suffix}')))
+    assert [entry.line for entry in entries] == [4, 6, 3]  # as a person who opens the file counts
+    assert entries[0].fields == dict(No=1, Title='On heat', Abstract=HEAT, Year=2021) and entries[1].fields['Year'] == 2022.5
+    [cut] = rows(write(tmp_path/f'b.{suffix}', data[:len(data)//2]))
+    assert isinstance(cut, Refused) and 'get it again' in cut.reason
 
 
 # --- the forms --------------------------------------------------------------------------------------------------------------------

@@ -2,23 +2,19 @@
 import copy
 import datetime as clock
 import json
-import threading
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
+from world import completion, listening, scripted
 
 from scilm_adapt import instruct
 from scilm_adapt.alignment import answer_places
-from scilm_adapt.decoding import reads_on
 from scilm_adapt.endpoint import Endpoint, ask, send
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
-from scilm_adapt.instruct import answers_of, ask_teacher, user_ids, write_answers, write_magpie, write_reading
+from scilm_adapt.instruct import ask_teacher, next_turns, user_ids, write_answers, write_magpie, write_reading
 from scilm_adapt.models import LanguageModel, build, load, save
 from scilm_adapt.preflight import preflight
 from scilm_adapt.remote import lay, lexicon, remote_targets
@@ -209,13 +205,13 @@ def test_a_template_is_the_same_on_every_day(name, monkeypatch):
     assert raw() != today and encode_chat(tokenizer, messages) == known and tokenizer_hash(tokenizer) == key
 
 
-def test_answers_of_yesterday_are_not_asked_again(tmp_path, monkeypatch):
+def test_next_turns_yesterday_are_not_asked_again(tmp_path, monkeypatch):
     lm = build(TOKENIZERS['dated'], hidden=32, layers=1, context=256)
     chats = [turns(f'What is {word}?') for word in ('heat', 'light')]
-    found, _ = answers_of(lm, chats, 4, file=tmp_path/'answers.jsonl')
+    found, _ = next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
     monkeypatch.setattr(chat_template_utils, 'datetime', Tomorrow)
     monkeypatch.setattr(instruct, 'respond', lambda *_, **__: pytest.fail('asked again'))
-    again, usage = answers_of(lm, chats, 4, file=tmp_path/'answers.jsonl')
+    again, usage = next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
     assert [one.text for one in again] == [one.text for one in found] and usage.kept == 2
 
 
@@ -406,24 +402,7 @@ def test_thoughts_are_seen_before_their_marks_are_dropped(thinker, text, begun, 
     assert found.lost == (thoughts is not None and not answer)
 
 
-class Script(torch.nn.Module):
-    "An output head that says these ids one a step, and begins anew behind the last."
-    def __init__(self, head: torch.nn.Module, ids: list[int]):
-        super().__init__()
-        self.weight, self.ids, self.place = head.weight, ids, 0
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        said = self.ids[self.place % len(self.ids)]
-        self.place += 1
-        return 100*torch.nn.functional.one_hot(torch.tensor(said), len(self.weight)).float().expand(*hidden.shape[:-1], -1)
-
-
-def saying(lm: LanguageModel, text: str) -> LanguageModel:
-    "The model with a head that says `text`, whatever is asked."
-    lm = replace(lm, model=copy.deepcopy(lm.model))
-    reads_on(lm.model)  # which asks the model a few things, for once before it says what it is told to say
-    lm.model.lm_head = Script(lm.model.lm_head, ids_of(lm, text))
-    return lm
+def saying(lm: LanguageModel, text: str) -> LanguageModel: return scripted(lm, ids_of(lm, text))
 
 
 def test_a_near_teacher_thinks_only_if_it_may_and_its_thoughts_are_left_out(thinker, capsys):
@@ -456,7 +435,7 @@ def test_a_question_is_never_a_thought(thinker, write, said):
     whole = '<|im_end|>' in said
     assert chat['question'] == ('What is heat in bodies?' if whole and write is not write_answers else '')
     assert 'could be asked' not in json.dumps(chat['messages']) and 'Is heat motion?' not in json.dumps(chat['messages'])
-    if not whole and write is write_answers: assert instruct.refused(chat, paper(1))[0] == 'thoughts'
+    if not whole and write is write_answers: assert instruct.refusal_of(chat, paper(1))[0] == 'thoughts'
     elif not whole: assert 'it thought aloud, and came to none' in chat['problem']
 
 
@@ -470,31 +449,15 @@ def test_the_users_turn_is_not_opened_with_thoughts(thinker):
 
 class Server:
     "A server on this machine that answers every conversation with `message`, and keeps what it was asked."
-    def __init__(self, message: dict, finish: str = 'stop', logprobs: list | None = None):
-        self.asked, owner = [], self
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                owner.asked.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
-                choice = dict(index=0, message=dict(role='assistant', **message), finish_reason=finish)
-                if logprobs: choice |= dict(logprobs=dict(content=logprobs))
-                body = json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[choice],
-                                       usage=dict(prompt_tokens=5, completion_tokens=7, total_tokens=12))).encode()
-                self.send_response(200)
-                self.send_header('Content-Type', 'application/json')
-                self.send_header('Content-Length', str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+    def __init__(self, message: dict, finish: str = 'stop', **choice: object):
+        self.asked = []
+        self.context = listening(lambda request: self.asked.append(request) or completion(message, finish, **choice))
 
-            def log_message(self, *words): pass
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.endpoint = Endpoint(f'http://127.0.0.1:{self.server.server_port}/v1', 'm', retries=0)
+    def __enter__(self):
+        self.endpoint = self.context.__enter__()
+        return self
 
-    def __enter__(self): return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *error): return self.context.__exit__(*error)
 
 
 @pytest.mark.parametrize(('message', 'thoughts', 'text'), [
@@ -516,9 +479,9 @@ def test_a_server_tells_thoughts_in_many_ways(message, thoughts, text, tmp_path)
 def test_options_and_room_for_thoughts_are_sent():
     with Server(dict(content=ANSWER)) as server:
         endpoint = Endpoint(server.endpoint.url, 'm', retries=0, options='enable_thinking=false effort=low', thoughts=100)
-        answers_of(endpoint, [turns('q')], 16)
-        answers_of(server.endpoint, [turns('q')], 16, thoughts=50)
-        answers_of(server.endpoint, [turns('q')], 16)
+        next_turns(endpoint, [turns('q')], 16)
+        next_turns(server.endpoint, [turns('q')], 16, thoughts=50)
+        next_turns(server.endpoint, [turns('q')], 16)
     assert [request['max_tokens'] for request in server.asked] == [116, 66, 16]
     kwargs = [request.get('chat_template_kwargs') for request in server.asked]
     assert kwargs == [dict(enable_thinking=False, effort='low'), None, None]
@@ -549,7 +512,7 @@ def test_targets_are_those_of_the_answer_behind_the_thoughts(tmp_path):
     told = [dict(token=word, logprob=-0.1, bytes=list(word.encode())) for word in words]
     told = [word | dict(top_logprobs=[word]) for word in told]
     chats = [dict(messages=turns('What is heat?', 'x'), paper_id='p', kind='title', author='paper')]
-    with Server(dict(content=''.join(words)), logprobs=told) as server:
+    with Server(dict(content=''.join(words)), logprobs=dict(content=told)) as server:
         found = remote_targets(tmp_path, server.endpoint, tokenizer, chats, k=1, context=128)
         rows, _ = send(server.endpoint, [dict(messages=turns('q'), max_tokens=4, temperature=0, logprobs=True, top_logprobs=1)])
     assert found.chats[0]['messages'][-1]['content'] == ANSWER

@@ -1,16 +1,29 @@
-"""A world of a few words for tests: sentences, conversations, models that babble, and two processes that work together."""
+"""A world of a few words for tests: sentences, conversations, models that babble, servers, and processes that work together."""
 import copy
+import ctypes
+import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from scilm_adapt.decoding import reads_on
+from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.models import LanguageModel, tiny
 from scilm_adapt.tokens import encode
 
@@ -56,19 +69,104 @@ def loud(family: str = 'llama', **sizes) -> LanguageModel:
 def prompts_of(lm: LanguageModel) -> list[list[int]]: return [encode(lm.tokenizer, text) for text in BABBLE]
 
 
-def two_processes(script: str, *arguments: str | Path) -> None:
-    "Run a script with these arguments in two processes that torchrun starts; both have to end well."
+class Script(torch.nn.Module):
+    "An output head that says these ids one a step, whatever it reads, and begins anew behind the last."
+    def __init__(self, head: torch.nn.Module, ids: list[int]):
+        super().__init__()
+        self.weight, self.ids, self.place = head.weight, ids, 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        said = self.ids[self.place % len(self.ids)]
+        self.place += 1
+        return 100*torch.nn.functional.one_hot(torch.tensor(said), len(self.weight)).to(self.weight.dtype).expand(*hidden.shape[:-1], -1)
+
+
+def scripted(lm: LanguageModel, ids: list[int]) -> LanguageModel:
+    "A copy of the model that says these ids, whatever it is asked."
+    lm = replace(lm, model=copy.deepcopy(lm.model))
+    reads_on(lm.model)  # which asks the model a few things, for once before it says what it is told to say
+    lm.model.lm_head = Script(lm.model.lm_head, ids)
+    return lm
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port), script, *arguments]
+        return free.getsockname()[1]
+
+
+def two_processes(script: str, *arguments: str | Path) -> None:
+    "Run a script with these arguments in two processes that torchrun starts; both have to end well."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port())]
     settings = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true')
-    launched = subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True)
+    launched = subprocess.Popen([*command, script, *arguments], env=settings, stderr=subprocess.PIPE, text=True)
     try: told = launched.communicate(timeout=240)[1]
     except subprocess.TimeoutExpired:  # they wait for each other: torchrun ends them when it is asked to
         launched.terminate()
         told = launched.communicate()[1]
     assert launched.returncode == 0, told[-3000:]
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------------------
+
+class Serve:
+    "`transformers serve` of the model in `folder`/model on a free port; whatever becomes of the tests, it does not outlive them."
+    def __init__(self, folder: Path):
+        port = free_port()
+        self.url, self.log = f'http://127.0.0.1:{port}', folder/f'{port}.log'
+        program = shutil.which('transformers', path=Path(sys.executable).parent)
+        command = [program, 'serve', 'model', '--host', '127.0.0.1', '--port', str(port)]
+        with open(self.log, 'wb') as log:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
+                                            env=os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1'),
+                                            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))  # it dies with its parent
+        self.endpoint = Endpoint(f'{self.url}/v1', 'model', retries=1)
+
+    def __enter__(self) -> 'Serve':
+        for _ in range(240):
+            try: return urllib.request.urlopen(f'{self.url}/health', timeout=5) and self
+            except OSError: time.sleep(0.25)
+            if self.process.poll() is not None: break
+        self.kill()
+        pytest.fail(f'transformers serve did not start:\n{self.log.read_text()[-2000:]}')
+
+    def __exit__(self, *_): self.kill()
+
+    @property
+    def requests(self) -> int:
+        "How many questions it has answered by now."
+        return self.log.read_text().count('completions HTTP/1.1" 200')
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def listening(reply: Callable[[dict], dict]) -> Iterator[Endpoint]:
+    "The endpoint of a server on this machine that answers each request with what `reply` makes of it."
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.dumps(reply(json.loads(self.rfile.read(int(self.headers['Content-Length']))))).encode()
+            self.send_response(200)
+            self.send_header('Content-Type', 'application/json')
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            try: self.wfile.write(body)
+            except OSError: pass  # the client was killed
+
+        def log_message(self, *words): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield Endpoint(f'http://127.0.0.1:{server.server_port}/v1', 'm', retries=0)
+    finally: server.shutdown(); server.server_close()
+
+
+def completion(message: dict, finish: str = 'stop', tokens: tuple[int, int] = (5, 7), **choice: object) -> dict:
+    "A reply of the OpenAI protocol: an assistant's message without its role."
+    choice = dict(index=0, message=dict(role='assistant', **message), finish_reason=finish, **choice)
+    return dict(id='1', object='chat.completion', created=0, model='m', choices=[choice],
+                usage=dict(prompt_tokens=tokens[0], completion_tokens=tokens[1], total_tokens=sum(tokens)))
 
 
 # --- model families ---------------------------------------------------------------------------------------------------------------

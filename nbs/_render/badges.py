@@ -19,7 +19,7 @@ WINGS = {
     'Language models': 'tokens, models of many families, exact checkpoints, one loop of training, one way to make a stage, and writing',
     'Contrast': 'stage 1: reading papers, with contrasts between tokens, texts and ways to go on',
     'Conversations': 'questions and answers out of papers that nobody has labelled',
-    'Distillation': 'stage 2: how far student and teacher are apart, teachers of all kinds, what is checked and watched, and learning from them',
+    'Distillation': 'stage 2: how far student and teacher are apart, teachers of all kinds, what is checked and watched, and learning',
     'Evidence': 'the proof: numbers, intervals, figures, model cards',
     'Command': 'notebooks run in batch, and the `scilm` command',
     'Runs': 'notebooks to run: the whole pipeline, real papers, methods compared, speed, faults, and how the toy models were made'}
