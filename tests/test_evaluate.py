@@ -7,27 +7,33 @@ import numpy as np
 import pytest
 import torch
 
-from scilm_adapt import evaluate
+from scilm_adapt import evaluate, generate
 from scilm_adapt.errors import InputError
 from scilm_adapt.evaluate import (
-    METRICS,
-    PAIRS,
-    answer_bits,
+    Compared,
+    answers_of,
     bits_per_byte,
     compare,
+    compare_seeds,
     document_bits,
     finding,
     findings,
-    material,
+    lineup,
     measure,
+    metrics,
     one_per_paper,
+    pairs_of,
+    reference_names,
+    references,
+    seeds_table,
     signed,
     summarise,
 )
 from scilm_adapt.files import read_json
+from scilm_adapt.generate import answer_bits
 from scilm_adapt.instruct import Chats
-from scilm_adapt.intervals import verdict
-from scilm_adapt.models import LanguageModel, tiny
+from scilm_adapt.intervals import Metric, Subject, seeds_interval, verdict
+from scilm_adapt.models import LanguageModel, save, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.runs import Run
 from scilm_adapt.tokens import document_ends, encode, pack
@@ -112,16 +118,17 @@ def test_bits_per_byte_is_a_ratio_of_sums():
 
 # --- what is said
 
-def invented(gain: float, size: int = 120) -> dict:
+def invented(gain: float, size: int = 120, names: tuple = ('base', 'contrast', 'distilled', 'teacher')) -> dict:
     "Raw numbers of base, contrast, distilled and teacher; `gain` is what every stage takes off the nats of every text."
-    draw, names = np.random.default_rng(0), ('base', 'contrast', 'distilled', 'teacher')
-    sizes = draw.lognormal(6, 0.5, size)
-    found = dict(params=dict.fromkeys(names, 1000), answered={name: [dict(stopped=bool(n % 2)) for n in range(size)] for name in names})
-    for part in METRICS.values():
+    draw = np.random.default_rng(0)
+    sizes = math.log(2)*draw.lognormal(6, 0.5, size)
+    rows = dict(stop_rate={name: [[float(n % 2) for n in range(size)], [1.0]*size] for name in names})
+    for metric in ('science_bpb', 'general_bpb', 'answer_bpb'):
         rate = draw.gamma(40, 1.4/40, size)
-        nats = {name: (sizes*(rate - gain*stage + draw.normal(0, 0.05, size))).tolist() for stage, name in enumerate(names)}
-        found[part] = dict(ids=[str(n) for n in range(size)], bytes=sizes.tolist(), nats=nats)
-    return found
+        rows[metric] = {name: [(sizes*(rate - gain*stage + draw.normal(0, 0.05, size))).tolist(), sizes.tolist()]
+                        for stage, name in enumerate(names)}
+    return dict(ids=dict.fromkeys(('science', 'general', 'answers'), list(range(size))), params=dict.fromkeys(names, 1000), rows=rows,
+                answered={name: [] for name in names})
 
 
 @pytest.mark.parametrize('gain, expected', [(0.1, 'better'), (0.0, 'open'), (-0.1, 'worse')])
@@ -132,7 +139,7 @@ def test_verdicts_follow_the_numbers(gain, expected):
     assert sum(d['verdict'] == expected for d in bits) >= (len(bits) if gain else len(bits) - 2)
     words = dict(better='better, shown', worse='worse, shown', open='a difference is not shown')
     sentences = findings(result)
-    assert len(sentences) == len(result['differences']) == 4*len(PAIRS)
+    assert len(sentences) == len(result['differences']) == 16
     for difference in result['differences']: assert words[difference['verdict']] in finding(result, difference)
 
 
@@ -197,17 +204,17 @@ def test_a_comparison_that_was_stopped_measures_only_what_is_missing(world, monk
         if len(asked) == at[0]: raise KeyboardInterrupt
         asked.append(options['description'])
         return real(lm, *arguments, **options)
-    monkeypatch.setattr(evaluate, 'document_nats', dying)
+    for module in (evaluate, generate): monkeypatch.setattr(module, 'document_nats', dying)
     with pytest.raises(KeyboardInterrupt): compare(run, models, corpus, chats, max_new_tokens=4)
     assert asked == ['base: science', 'base: general', 'base: reference answers', 'distilled: science']
-    parts = sorted((run.folder/'.unfinished').rglob('*.json'))
-    assert len(parts) == 5
+    parts = sorted((run.folder/'.unfinished').rglob('*science*.json'))
+    assert len(parts) == 2 and len([*(run.folder/'.unfinished').rglob('*.json')]) == 6  # four metrics and the answers, and one metric
     if damage:
         whole = parts[0].read_bytes()
         parts[0].write_bytes(whole.replace(b'1', b'2', 1))
     asked.clear(); at[0] = None
     compare(run, models, corpus, chats, max_new_tokens=4)
-    assert len(asked) + ('answered' in parts[0].name and damage) == 2 + damage and texts(run.folder.name) == texts('whole')
+    assert len(asked) == 2 + damage and texts(run.folder.name) == texts('whole')
     assert (f'{parts[0].name} is not what was written; measured again' in capsys.readouterr().out) == damage
     assert not (run.folder/'.unfinished').exists()
 
@@ -216,28 +223,156 @@ def test_a_broken_model_is_named(world):
     run, corpus, chats = world
     lm = tiny(TEXTS)
     with torch.no_grad(): lm.model.get_output_embeddings().weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match='distilled: the likelihood of science text 0'):
-        measure(dict(distilled=lm), corpus, chats, max_new_tokens=2)
+    models = dict(distilled=lm)
+    with pytest.raises(FloatingPointError, match="'distilled': the number of 'science' for item 0 is nan"):
+        measure(models, evaluate.test_items(models, corpus, chats), max_new_tokens=2)
     assert not Path(run.folder/'evaluation').exists()
 
 
 def test_nothing_to_measure_with_is_said(world):
     _, corpus, chats = world
     with pytest.raises(InputError, match='measure general with'):
-        material({}, Corpus(corpus.science, dict(test=[]), corpus.folder), chats, 3, 3, 9)
-    with pytest.raises(InputError, match='measure questions with'): material({}, corpus, Chats([], [], [], chats.folder), 3, 3, 9)
-    with pytest.raises(InputError, match='ask for shorter answers'): material(dict(base=tiny(TEXTS)), corpus, chats, 3, 3, 512)
+        evaluate.test_items({}, Corpus(corpus.science, dict(test=[]), corpus.folder), chats, 3, 3, 9)
+    with pytest.raises(InputError, match='measure answers with'): evaluate.test_items({}, corpus, Chats([], [], [], chats.folder), 3, 3, 9)
+    with pytest.raises(InputError, match='ask for shorter answers'): evaluate.test_items(dict(base=tiny(TEXTS)), corpus, chats, 3, 3, 512)
 
 
 def test_only_questions_that_leave_every_model_room_are_asked(world):
     _, corpus, chats = world
     long = chat(99, 'Why? '*60, 'Because.')
     models = dict(base=tiny(TEXTS), short=tiny(TEXTS, context=100))
-    _, asked = material(models, corpus, Chats([], [], [long, *CHATS], chats.folder), 3, 4, 20)
+    asked = evaluate.test_items(models, corpus, Chats([], [], [long, *CHATS], chats.folder), 3, 4, 20)['answers']
     assert [c['paper_id'] for c in asked] == ['p0', 'p1', 'p2', 'p3']
-    assert material(dict(base=models['base']), corpus, Chats([], [], [long], chats.folder), 3, 4, 20)[1] == [long]
+    asked = evaluate.test_items(dict(base=models['base']), corpus, Chats([], [], [long], chats.folder), 3, 4, 20)['answers']
+    assert asked == [long | dict(id='p99')]
 
 
 def test_one_question_of_each_paper_in_order():
     asked = one_per_paper([CHATS[1], CHATS[0], CHATS[1] | dict(reference='late'), CHATS[2]])
     assert [c['paper_id'] for c in asked] == ['p1', 'p0', 'p2'] and asked[0]['reference'] == TEXTS[1]
+
+
+# --- another metric
+
+def letters(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    "How long each answer is."
+    lengths = [len(answer['answer']) for answer in answers_of(subject)]
+    return lengths, np.ones(len(lengths))
+
+
+LETTERS = Metric('letters', 'Length: {model} writes {value} letters', 'answers', letters, 'letters', lower_is_better=False)
+
+
+def test_a_metric_is_added_in_one_place(world, monkeypatch):
+    run, corpus, chats = world
+    models = dict(base=tiny(TEXTS), distilled=tiny(TEXTS, seed=1))
+    before = compare(run, models, corpus, chats, documents=4, max_new_tokens=6)
+    monkeypatch.setitem(metrics, 'letters', LETTERS)
+    result = compare(run, models, corpus, chats, documents=4, max_new_tokens=6)  # and what was kept without it is measured anew
+    for name, values in result['models'].items():
+        lengths = [len(answer['answer']) for answer in result['generations'][name]]
+        assert values['letters']['value'] == pytest.approx(np.mean(lengths))
+        assert {metric: value for metric, value in values.items() if metric != 'letters'} == before['models'][name]
+    found = next(d for d in result['differences'] if d['metric'] == 'letters')
+    values = [result['models'][name]['letters']['value'] for name in ('distilled', 'base')]
+    assert found['value'] == pytest.approx(values[0] - values[1]) and found['against'] == 'base'
+    assert findings(result)[-1].startswith(f'Length: distilled writes {values[0]:.2f} letters against {values[1]:.2f} of base: ')
+
+
+@pytest.mark.parametrize('lower', [True, False])
+def test_the_direction_of_a_metric_decides_on_better(lower):
+    metric = Metric('x', '', '', letters, lower_is_better=lower)
+    few, many = (np.array([np.full(20, value) + np.arange(20)/100, np.ones(20)]) for value in (1.0, 2.0))
+    assert metric.difference(few, many)['verdict'] == ('better' if lower else 'worse')
+    assert metric.over_seeds([few, few], [many, many])['verdict'] == ('better' if lower else 'worse')
+    assert metric.direction == ('fewer is better' if lower else 'more is better')
+
+
+def test_only_items_that_both_models_have_are_paired():
+    metric, sizes = Metric('x', '', '', letters), np.array([1.0, 0, 2, 4])
+    one, other = np.array([[3.0, 0, 4, 8], sizes]), np.array([[1.0, 5, 0, 4], [1.0, 1, 0, 4]])
+    assert metric.difference(one, other)['value'] == pytest.approx((2 + 4)/5) and metric.interval(one)['value'] == pytest.approx(15/7)
+    assert metric.interval(one*0) is None and metric.difference(one, other*0) is None
+    with pytest.raises(ValueError, match="denominators of 'x' depend on the model"): metric.difference(one, other*2)
+
+
+# --- several seeds
+
+def test_a_comparison_over_seeds_is_that_of_its_intervals():
+    draw, sizes = np.random.default_rng(0), np.random.default_rng(1).lognormal(6, 0.5, 50)
+    def seeds(rate, count=3): return [dict(bits=np.array([sizes*(rate + draw.normal(0, 0.01) + draw.normal(0, 0.05, 50)), sizes]))
+                                      for _ in range(count)]
+    raw = dict(untrained=seeds(2.0, 1), control=seeds(1.5), lower=seeds(1.3), alike=seeds(1.5))
+    bits = dict(bits=Metric('bits', '', 'texts', letters))
+    found = compare_seeds(raw, 'control', bits)
+    values = [rows['bits'][0].sum()/sizes.sum() for rows in raw['lower']]
+    about = found['lower']['bits']
+    assert (about['mean'], about['least'], about['largest']) == pytest.approx((np.mean(values), min(values), max(values)))
+    expected = seeds_interval(np.stack([one['bits'][0] - other['bits'][0] for one, other in zip(raw['lower'], raw['control'])]), sizes)
+    assert about['difference'] == expected | dict(verdict='better')
+    assert found['alike']['bits']['difference']['verdict'] == 'open'
+    assert found['untrained']['bits']['difference'] is found['control']['bits']['difference'] is None  # one seed, and no other
+    told = seeds_table(found, bits)
+    low, value, high = (signed(expected[key]) for key in ('low', 'value', 'high'))
+    assert told['lower'] == dict(bits=f'{np.mean(values):.3f} ({value} [{low}, {high}] ▲)')
+    assert told['control'] == dict(bits=f"{found['control']['bits']['mean']:.3f}") and told['alike']['bits'][-1] == ')'
+    upward = seeds_table(compare_seeds(raw, 'control', dict(bits=Metric('bits', '', 'texts', letters, lower_is_better=False))), bits)
+    assert upward['lower']['bits'].endswith(' ▼)')
+
+
+def test_what_a_seed_lacks_is_left_out_for_all_and_what_nobody_has_is_a_dash():
+    has = np.array([[1.0, 1, 0], [1, 1, 1]])
+    raw = dict(control=[dict(x=np.array([row*2, row])) for row in has], arm=[dict(x=np.array([np.arange(3.0), np.ones(3)]))]*2,
+               none=[dict(x=np.zeros((2, 3)))]*2)
+    chosen = dict(x=Metric('x', '', '', letters))
+    found = compare_seeds(raw, 'control', chosen)
+    assert found['arm']['x']['difference']['value'] == pytest.approx((0 + 1)/2 - 2) and found['arm']['x']['mean'] == 1
+    assert found['none']['x'] == dict.fromkeys(('mean', 'least', 'largest', 'difference'))
+    assert seeds_table(found, chosen)['none'] == dict(x='—')
+
+
+# --- the models
+
+def test_roles_decide_who_is_compared_with_whom():
+    line = lineup(['base', 'contrast', 'distilled', 'teacher', 'one', 'two'])
+    assert [one.role for one in line] == ['base', 'contrast', 'distilled', 'teacher', 'reference', 'reference']
+    assert len({one.colour for one in line}) == len({one.marker for one in line}) == 6
+    assert [(one.name, other.name) for one, other in pairs_of(line)] == [
+        ('contrast', 'base'), ('distilled', 'base'), ('distilled', 'contrast'), ('distilled', 'teacher'), ('distilled', 'one'),
+        ('distilled', 'two')]
+    given = [Compared('old', 'base', '#000000', 'o'), Compared('new', 'distilled', '#ff0000', 's')]  # as a run may name them
+    result = summarise(invented(0.2, names=('old', 'new')), compared=given)
+    bits = [d for d in result['differences'] if d['metric'] != 'stop_rate']
+    assert {(d['model'], d['against'], d['verdict']) for d in bits} == {('new', 'old', 'better')}
+
+
+@pytest.mark.parametrize('sources, names', [
+    ('org/model other/model zoo:teacher', ['model', 'model 2', 'zoo:teacher']), ('/a/b/model/ a\\b\\large', ['model', 'large']),
+    ('org/model org/model', ['model']), ('модель', ['модель']), ('', [])])
+def test_references_have_names_of_their_own(sources, names): assert [*reference_names(sources.split())] == names
+
+
+def test_a_reference_cannot_have_the_name_of_a_model_of_the_run():
+    with pytest.raises(InputError, match="'runs/3/distilled' would be called 'distilled'"): reference_names(['runs/3/distilled'])
+    with pytest.raises(InputError, match='there is no such model folder'): references('./nowhere')
+
+
+def test_references_stand_beside_the_models_of_a_run(world, tmp_path, capsys):
+    run, corpus, chats = world
+    plain = tiny(TEXTS, seed=3)
+    plain.tokenizer.chat_template = None
+    for name, lm in (('larger', tiny(TEXTS, hidden=48, seed=2)), ('plain', plain)): save(lm, tmp_path/name)
+    further = references(f"{tmp_path/'larger'} {tmp_path/'plain'}")
+    assert [*further] == ['larger', 'plain']
+    models = dict(base=tiny(TEXTS), distilled=tiny(TEXTS, seed=1))
+    result = compare(run, models | further, corpus, chats, documents=4, max_new_tokens=4)
+    assert [(one['name'], one['role']) for one in result['compared']][2:] == [('larger', 'reference'), ('plain', 'reference')]
+    assert result['models']['larger'].keys() == result['models']['base'].keys() and result['models']['larger']['stop_rate']
+    differences = [(d['metric'], d['against']) for d in result['differences']]
+    assert differences[4:] == [(metric, 'larger') for metric in metrics] + [('science_bpb', 'plain'), ('general_bpb', 'plain')]
+    # what a model without a chat template would answer is not made up
+    assert result['models']['plain']['answer_bpb'] is result['models']['plain']['stop_rate'] is None
+    assert [*result['generations']] == ['base', 'distilled', 'larger']
+    assert "plain: 'answers that end' cannot be measured" in capsys.readouterr().out
+    alone = compare(Run(tmp_path/'alone'), models, corpus, chats, documents=4, max_new_tokens=4)
+    assert {name: result['models'][name] for name in models} == alone['models']  # the others' numbers stay what they are

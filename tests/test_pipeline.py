@@ -82,13 +82,16 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     student, teacher = save_pair(tmp_path, 'qwen2', texts)
     preset = dict(student=str(student), teacher=str(teacher), papers=str(texts['papers']), general=str(texts['tales']), context=128,
                   batch_size=4, micro_batch=2, conversations=40, teacher_answers=4, documents=8, questions=4,
-                  trackers='tensorboard') | {'distil.divergence': 'jsd', 'contrast.steps': 2, 'distil.steps': 2}
+                  references=f'zoo:teacher {student}', trackers='tensorboard')
+    preset |= {'distil.divergence': 'jsd', 'contrast.steps': 2, 'distil.steps': 2}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-p', 'seed', '7', '-o', 'mine']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '| distilled |' in done.stdout and str(Path('mine')/'report.html') in done.stdout
+    assert '| distilled ' in done.stdout and str(Path('mine')/'report.html') in done.stdout
     metrics = json.loads((tmp_path/'mine'/'metrics.json').read_text())
+    assert [*metrics['models']] == ['base', 'contrast', 'distilled', 'teacher', 'zoo:teacher', 'student']  # two more beside them
+    assert metrics['models']['student']['science_bpb'] and metrics['models']['student']['stop_rate'] is None  # it cannot be asked
     assert metrics['config']['seed'] == 7 and metrics['config']['context'] == 128
     assert {'corpus', 'chats', 'models/contrast', 'models/distilled', 'evaluation'} <= metrics['seconds'].keys()
     assert str(tmp_path) not in (tmp_path/'mine'/'report.md').read_text()

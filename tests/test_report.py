@@ -13,8 +13,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from scilm_adapt import files, report, runs
-from scilm_adapt.evaluate import summarise
+from scilm_adapt.evaluate import metrics, summarise
 from scilm_adapt.files import read_json, write_json
+from scilm_adapt.intervals import Metric
 from scilm_adapt.models import load, tiny, weights_hash
 from scilm_adapt.papers import Corpus
 from scilm_adapt.runs import Run
@@ -23,21 +24,27 @@ NAMES = ('base', 'contrast', 'distilled', 'teacher')
 HOSTILE = '</dd><script>alert(1)</script>\n```\n# heading\n| a | b |\n<img src=x onerror=alert(1)>'
 SECRET = '/' + 'home/somebody/secret'     # in two parts, because the project's own files name no home folder
 CONFIG = dict(student=f'{SECRET}/student', teacher='org/teacher-1b', papers='~/texts/papers.jsonl', general='../general.csv',
-              seed=3, contrast_steps=20, title_field='')
+              seed=3, title_field='')
 
 
-def invented(gain: float = 0.1, names: tuple = NAMES, size: int = 60, answer: str = 'An answer.') -> dict:
-    "A result of `compare` in which each model takes `gain` nats per byte off the one before."
+def invented(gain: float = 0.1, names: tuple = NAMES, size: int = 60, answer: str = 'An answer.', unasked: str = '') -> dict:
+    "A result of `compare` in which each model takes `gain` nats per byte off the one before; `unasked` is one that cannot be asked."
     draw = np.random.default_rng(0)
     sizes = draw.lognormal(6, 0.5, size).round()
     answered = {name: [dict(question='What?', reference='The reference.', answer=answer, stopped=bool((n + stage) % 3))
                        for n in range(size)] for stage, name in enumerate(names)}
-    measured = dict(params={name: 1_865_120 if name != 'teacher' else 5_721_344 for name in names}, answered=answered)
-    for part in ('science', 'general', 'answers'):
+    rows = dict(stop_rate={name: [[float(one['stopped']) for one in said], [1.0]*size] for name, said in answered.items()})
+    for metric in ('science_bpb', 'general_bpb', 'answer_bpb'):
         rate = draw.gamma(60, 1.4/60, size)
-        nats = {name: (sizes*(rate - gain*stage + draw.normal(0, 0.02, size))).tolist() for stage, name in enumerate(names)}
-        measured[part] = dict(ids=[str(n) for n in range(size)], bytes=sizes.tolist(), nats=nats)
-    return summarise(measured) | dict(generations={name: said[:10] for name, said in answered.items()})
+        rows[metric] = {name: [(sizes*(rate - gain*stage + draw.normal(0, 0.02, size))).tolist(), (math.log(2)*sizes).tolist()]
+                        for stage, name in enumerate(names)}
+    if 'letters' in metrics: rows['letters'] = {name: [[9.0 + stage]*size, [1.0]*size] for stage, name in enumerate(names)}
+    if unasked:
+        for metric in ('answer_bpb', 'stop_rate'): rows[metric][unasked] = None
+        answered[unasked] = []
+    measured = dict(params={name: 1_865_120 if name != 'teacher' else 5_721_344 for name in names}, rows=rows,
+                    ids=dict.fromkeys(('science', 'general', 'answers'), list(range(size))))
+    return summarise(measured) | dict(generations={name: said[:10] for name, said in answered.items() if said})
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def run(tmp_path) -> Run:
     "A run with two trained models' histories, one of them with a value that was not finite."
     run = Run(tmp_path/'somebody'/'run')
     run.seconds.update({'corpus': 1.5, 'models/contrast': 60.0})
-    for name, parts in dict(contrast=('lm', 'contrast'), distilled=('distil', 'retention')).items():
+    for name, parts in dict(contrast=('lm', 'pairs'), distilled=('distil', 'retention')).items():
         rows = [dict(step=n, loss=5 - n/10, **{part: 2 - n/10 for part in parts}, learning_rate=1e-3, grad_norm=1.0, tokens_per_second=9.0)
                 for n in range(20)]
         rows[7][parts[0]] = None
@@ -101,7 +108,8 @@ def test_limits_name_every_loss_and_small_models():
 
 def test_loss_caption_states_the_fall_and_survives_a_missing_value(run):
     caption = report.loss_caption(run, 'contrast')
-    assert '20 steps' in caption and 'loss from 4.95 to 3.15' in caption and 'contrast (nats per pair) from 1.95 to 0.15' in caption
+    assert '20 steps' in caption and 'loss from 4.95 to 3.15' in caption
+    assert 'titles told apart (nats per pair) from 1.95 to 0.15' in caption
     assert math.isnan(report.read_history(run, 'contrast')['lm'][7])
 
 
@@ -110,7 +118,7 @@ def test_loss_caption_states_the_fall_and_survives_a_missing_value(run):
 @pytest.mark.parametrize('names', [NAMES, ('base', 'teacher'), ('distilled',), ('mine', 'other')])
 def test_figures_are_drawn_for_any_models(names):
     result = invented(names=names)
-    assert set(report.tidy(result).columns) == {'model', 'params', 'metric', 'value', 'low', 'high'}
+    assert set(report.long_form(result).columns) == {'model', 'params', 'metric', 'value', 'low', 'high'}
     for draw in (report.before_after, report.quality_against_size):
         figure = draw(result)
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -138,7 +146,11 @@ def test_an_only_part_is_shown_once(run):
     (f'{SECRET}/papers.jsonl', 'papers.jsonl'), ('~/papers.jsonl', 'papers.jsonl'), ('C:\\Users\\somebody\\a.csv', 'a.csv'),
     ('/data/x/', 'x'), (f'../..{SECRET}/a.csv', 'a.csv'),
     ('../texts/a.csv', '../texts/a.csv'), ('org/model', 'org/model'), ('zoo:student', 'zoo:student'),
-    ('', ''), (3, 3), (None, None), ([1, '/a/b'], [1, 'b']), (dict(a=dict(b='/c/d')), dict(a=dict(b='d')))])
+    ('', ''), (3, 3), (None, None),
+    (f'{SECRET}/one {SECRET}/two', 'one two'), (f'org/model {SECRET}/two', 'org/model two'),
+    ('C:\\x\\my texts.csv', 'my texts.csv'),
+    (f'{SECRET}/my texts/a b.csv', 'a b.csv'), ('heat / light', 'heat / light'),
+    ([1, '/a/b'], [1, 'b']), (dict(a=dict(b='/c/d')), dict(a=dict(b='d')))])
 def test_public_cuts_paths_and_nothing_else(value, told): assert report.public(value) == told
 
 
@@ -263,3 +275,84 @@ def test_blocks_have_both_forms(tmp_path):
     assert '<h1>A &lt; B</h1>' in page and 'alt="a &quot;caption&quot;"' in page and 'base (cut off)' in page and '(nothing)' in page
     assert text.startswith('# A < B\n\nx & y\n\n- one\n- two\n\n|') and '![a "caption"](figures/f.png)' in text and '    (nothing)' in text
     json.dumps(report.machine())
+
+
+# --- other metrics, other models
+
+LETTERS = Metric('letters', 'Length: {model} writes {value} letters', 'answers', lambda subject: None, 'letters', 'letters of an answer',
+                 'Letters: counted.',
+                 caution=lambda interval: f"It writes {interval['value']:.0f} letters." if interval['value'] > 10 else '')
+
+
+def test_a_metric_that_is_added_stands_everywhere(run, corpus, monkeypatch):
+    monkeypatch.setitem(metrics, 'letters', LETTERS)
+    result = invented()
+    assert report.table(result).letters['distilled'] == '11.00 [11.00, 11.00]'
+    assert report.table_note(result).endswith('(more is better), and letters of an answer (fewer is better); in brackets 95 % intervals.')
+    figure = report.before_after(result)
+    assert [ax.get_xlabel() for ax in figure.axes] == ['bits per byte (fewer is better)', 'share (more is better)',
+                                                       'letters (fewer is better)']
+    plt.close(figure)
+    assert 'letters +2.000' in report.before_after_caption(result)
+    report.publish(run, result, CONFIG, corpus)
+    text = (run.folder/'report.md').read_text()
+    for expected in ('Length: distilled writes 11.00 letters against 9.00 of base: worse, shown', 'Letters: counted.', '| letters '):
+        assert expected in text, expected
+    card = ModelCard.load(run.folder/'models'/'distilled'/'README.md')
+    assert ('letters', 11.0) in {(one.metric_type, one.metric_value) for one in card.data.eval_results}
+    assert '- It writes 11 letters.' in card.text and 'Length: distilled writes 11.00 letters' in card.text
+    assert read_json(run.folder/'metrics.json')['models']['base']['letters']['value'] == 9
+    monkeypatch.delitem(metrics, 'letters')  # and a result of before has its own columns only
+    assert 'letters' not in report.table(invented()).columns
+
+
+def test_references_stand_in_tables_figures_and_captions(run, corpus):
+    result = invented(names=(*NAMES, 'larger', 'plain'), unasked='plain')
+    shown = report.table(result)
+    assert list(shown.index) == [*NAMES, 'larger', 'plain'] and shown.answers['plain'] == shown['answers that end']['plain'] == '—'
+    assert report.table_note(result).endswith('A dash is what could not be measured.')
+    for draw in (report.before_after, report.quality_against_size):
+        figure = draw(result)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(shown.index)
+        plt.close(figure)
+    assert 'distilled has 100% of the parameters of larger: science ' in report.size_caption(result)
+    assert 'of plain: science ' in report.size_caption(result) and len(report.promises(result)) == 7
+    (run.folder/'models'/'larger').mkdir(parents=True)
+    report.publish(run, result, CONFIG, corpus)
+    assert not (run.folder/'models'/'larger'/'README.md').exists()  # a model that is not of this run gets no card of it
+    text = (run.folder/'report.md').read_text()
+    assert 'Science: distilled reads science at' in text and 'of larger: ' in text and '\nplain (cut off):' not in text
+    assert text.count('\nlarger:') + text.count('\nlarger (cut off):') == 10
+    assert any(line.startswith('| larger ') for line in (run.folder/'models'/'distilled'/'README.md').read_text().splitlines())
+
+
+def test_a_line_leads_through_the_states_of_the_student_only():
+    result = invented(names=('teacher', 'base', 'larger', 'distilled'))
+    figure, ax = plt.subplots()
+    report.dumbbell(ax, result, {'science_bpb': metrics['science_bpb']})
+    way = ax.get_lines()[0].get_xdata()
+    assert list(way) == [result['models'][name]['science_bpb']['value'] for name in ('base', 'distilled')]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(('parts', 'said'), [
+    (('lm',), 'by language modelling alone.'), (('lm', 'token'), 'by language modelling, and by pushing the tokens of a text apart.'),
+    (('lm', 'pairs', 'preference'), 'and by telling which texts belong together and by telling how papers go on from how they do not.')])
+def test_a_card_says_what_stage_1_was_trained_by(run, corpus, parts, said):
+    rows = [dict(step=n, loss=3.0, **dict.fromkeys(parts, 1.0), learning_rate=0.1) for n in range(3)]
+    write_json(run.folder/'models'/'contrast'/'history.json', rows)
+    assert said in report.model_card(run, 'contrast', invented(), CONFIG, corpus)
+
+
+def test_a_card_says_whether_there_was_a_teacher(run, corpus):
+    assert 'then distilled from an aligned teacher on questions' in report.model_card(run, 'distilled', invented(), CONFIG, corpus)
+    write_json(run.folder/'models'/'distilled'/'history.json', [dict(step=n, loss=2.0, answers=1.0, retention=2.0) for n in range(3)])
+    assert 'then taught the answers to questions made' in report.model_card(run, 'distilled', invented(), CONFIG, corpus)
+
+
+def test_the_numbers_of_an_earlier_run_are_still_read(root):
+    shown = read_json(root/'nbs'/'results'/'quickstart.json')
+    shown.pop('compared', None)
+    assert list(report.table(shown).index) == list(NAMES) and len(report.promises(shown)) == 7
+    assert report.table_note(shown) == ('Bits per byte of held-out texts (fewer is better), and the share of answers that end by '
+                                        'themselves (more is better); in brackets 95 % intervals.')
