@@ -118,7 +118,7 @@ def test_the_step_reaches_a_teacher_that_changes_with_it(able):
     assert set(asked) == {7}
 
 
-class Deaf:
+class Deaf(Teacher):
     "A teacher that knows the training conversations only, as one on disk does."
     def loss(self, *_, **__): raise AssertionError('it was asked for what it cannot know')
 
@@ -130,7 +130,7 @@ def test_without_a_teacher_that_can_tell_the_rest_is_seen(teacher):
 
 
 def test_a_teacher_with_other_tokens_is_shown_the_conversations(able):
-    from scilm_adapt.alignment import AlignedTeacher
+    from scilm_adapt.alignment import AlignedTeacher, Teacher
     other = build(train_tokenizer([chat['messages'][1]['content'] for chat in CHATS], 290), hidden=32, layers=1, heads=2, context=128)
     seen = probe_student(able, AlignedTeacher(other, able.tokenizer), CHATS[:3], max_new_tokens=8)
     assert seen.kl > 0 and math.isfinite(seen.kl) and seen.on_policy_kl is None
