@@ -11,16 +11,19 @@ import torch
 from world import WORDS, changed, conversation, exact, sentence
 
 from scilm_adapt import distill, files
-from scilm_adapt.alignment import pack_chats
+from scilm_adapt.alignment import Teacher, pack_chats
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.collapse import Collapse
 from scilm_adapt.distill import (
+    Recipe,
     batch_maker,
     distil_loss,
+    make_teacher,
     train,
+    usual_divergence,
     weight_at,
 )
-from scilm_adapt.divergence import dense_loss
+from scilm_adapt.divergence import Divergence, dense_loss, divergences
 from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.errors import InputError
 from scilm_adapt.instruct import Chats
@@ -198,7 +201,7 @@ def test_training_approaches_the_teacher(student, teacher, data, tmp_path):
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(divergence='kl'), "'kl' is no known divergence"), (dict(temperature=-1.0), 'temperature'),
     (dict(divergence='jsd beta=2'), 'beta is 2.0'),
-    (dict(context=4096), 'set context to at most 128'), (dict(context=8), 'None of the 20 conversations fits')])
+    (dict(context=4096), 'context is 4096 tokens.*set context to at most'), (dict(context=8), 'None of the 20 conversations fits')])
 def test_what_cannot_work_is_refused_and_leaves_nothing(student, teacher, data, tmp_path, changes, message):
     with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
     assert [path for path in (tmp_path/'run').rglob('[!.]*') if path.is_file()] == []
@@ -369,13 +372,15 @@ def test_bad_numbers_are_refused_with_the_records_of_their_step(student, teacher
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(shift=0.5), 'give base, or shift=0'), (dict(shift=math.nan), 'shift is nan'), (dict(cache=-1), 'cache is -1'),
-    (dict(cache=8, divergence='jsd'), "'jsd' cannot be had from a cache, because draws .* choose forward_kl, or cache=0"),
+    (dict(cache=8, divergence='jsd'), "'jsd' cannot be had from a cache, because draws .* choose forward_kl, or set cache to 0"),
     (dict(cache=10**6), 'cache is 1,000,000; .* at most the'), (dict(teacher=None), 'set divergence_weight to 0'),
-    (dict(cache=4, on_policy=OnPolicy(share=0.5)), 'A cache knows the given answers only'), (dict(lora_rank=-1), 'rank is -1'),
+    (dict(cache=4, on_policy=OnPolicy(share=0.5)), 'on_policy.share is 0.5, and a cache knows given answers only'),
+    (dict(lora_rank=-1), 'rank is -1'),
     (dict(authors=()), "authors of answers are ''"), (dict(authors=('reader',)), "are 'reader'; name paper"),
-    (dict(on_policy=OnPolicy(share=1.0, student_weight=1.0)), "'forward_kl' cannot; choose skew_kl or adaptive_skew_kl"),
+    (dict(on_policy=OnPolicy(share=1.0, student_weight=1.0)),
+     "'forward_kl' pulls .*; choose skew_kl or adaptive_skew_kl"),
     (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), divergence='jsd'), "'jsd' cannot be had from a server"),
-    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), shift=0.5, base='same'), 'A server can judge neither'),
+    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), shift=0.5, base='same'), 'shift is 0.5, and a server cannot be shifted'),
     (dict(shift=0.5, base='foreign'), 'different vocabularies')])
 def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path, changes, message):
     bases = dict(foreign=tiny(['Quite other words in there.']), same=student)
@@ -501,7 +506,7 @@ def test_a_teacher_with_other_tokens_goes_all_the_way(teacher, data, tmp_path, c
     rows = history_of(run)
     assert rows[-1]['distil'] < 0.9*rows[0]['distil'] and rows[-1]['probe_stop_rate'] >= 0
     for wrong in (dict(shift=0.5, base=stranger), dict(cache=4), dict(on_policy=OnPolicy(share=0.5))):
-        with pytest.raises(InputError, match=f"different vocabularies, which {next(iter(wrong))} cannot bridge"):
+        with pytest.raises(InputError, match=f'{next(iter(wrong))}.* is .*different vocabularies, which that cannot bridge; set it to 0'):
             train(Run(tmp_path/'other'), stranger, teacher, **data, **SETTINGS, **wrong)
 
 
@@ -519,3 +524,49 @@ def test_what_a_process_left_that_was_killed_at_a_look_is_swept_up(student, teac
     (left/files.WORK).touch()  # killed before it could write its mark
     train(Run(tmp_path), student, teacher, **data, **SETTINGS)
     assert [path.name for path in left.parent.iterdir()] == ['distilled']
+
+
+# --- what a teacher and a divergence may be
+
+def test_a_teacher_and_a_divergence_of_ones_own_are_used_at_once(student, data, tmp_path, monkeypatch):
+    "One class with a loss, one entry in a dictionary: nothing else has to know of either."
+    class Fixed(Teacher):
+        "Says the same of every word: that the first token of the vocabulary comes."
+        def loss(self, batch, states, head, divergence='forward_kl', temperature=1.0, count=None):
+            logits = torch.zeros(len(states), len(head.weight))
+            logits[:, 0] = 3.0
+            everything = torch.ones(len(states), dtype=torch.bool)
+            return dense_loss(head.logits(states), logits, everything, divergence, temperature, count)
+    def hellinger(teacher, student, weight=1.0): return weight*((teacher/2).exp() - (student/2).exp()).square().sum(-1)/2
+    monkeypatch.setitem(divergences, 'hellinger', Divergence('hellinger', 'Hellinger', hellinger))
+    settings = SETTINGS | dict(steps=8, retention_weight=0.0, answer_weight=0.0, divergence='hellinger weight=2', probe_every=0)
+    run = Run(tmp_path/'run')
+    train(run, student, Fixed(), **data, **settings)
+    rows = history_of(run)
+    assert rows[-1]['distil'] < 0.9*rows[0]['distil']
+    config = json.loads((run.folder/'models'/'distilled'/'manifest.json').read_text())['config']
+    assert config['divergence'] == dict(name='hellinger', weight=2.0) and config['teacher'] is None
+    with pytest.raises(InputError, match='on_policy.share is 0.5, and this teacher cannot be asked about any text'):
+        train(run, student, Fixed(), **data, **settings | dict(on_policy=OnPolicy(share=0.5)))
+
+
+def test_the_key_holds_the_resolved_divergence_and_not_how_it_is_computed(student, teacher):
+    recipe = Recipe(**SETTINGS | dict(divergence='jsd'))
+    assert recipe.key()['divergence'] == dict(name='jsd', beta=0.5, scaled=True)
+    assert replace(recipe, divergence='jsd beta=0.5').key() == recipe.key() != replace(recipe, divergence='jsd beta=0.4').key()
+    assert replace(recipe, micro_batch=1, gradient_checkpointing=True, trackers='x').key() == recipe.key()
+
+
+def test_one_function_makes_every_kind_of_teacher(student, teacher, capsys):
+    def made(source=teacher, **settings):
+        recipe = Recipe(**SETTINGS | dict(divergence=None) | settings)
+        found = make_teacher(source, student, recipe, base=student)
+        return found, usual_divergence(found)
+    stranger = build(train_tokenizer([document(paper) for paper in PAPERS], 300), hidden=32, layers=1, name='stranger')
+    kinds = [(made(), 'LiveTeacher', 'jsd'), (made(shift=0.5), 'ShiftedTeacher', 'jsd'), (made(cache=4), 'RecordedTeacher', 'forward_kl'),
+             (made(stranger), 'AlignedTeacher', 'jsd'), (made(Endpoint('http://127.0.0.1:9/v1')), 'ServerTeacher', 'forward_kl'),
+             (made(None, divergence_weight=0.0), 'NoTeacher', 'jsd'), (made(mine := Teacher()), 'Teacher', 'jsd')]
+    assert [(type(found).__name__, usual) for (found, usual), _, _ in kinds] == [(name, usual) for _, name, usual in kinds]
+    assert made(mine)[0] is mine and made(divergence_weight=0.0)[0].local is teacher
+    assert [found.local is not None for (found, _), _, _ in kinds] == [True, True, True, True, False, False, False]
+    assert capsys.readouterr().out.count('cannot tell jsd: the divergence is forward_kl') == 2

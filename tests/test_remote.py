@@ -12,12 +12,17 @@ import pytest
 import torch
 
 from scilm_adapt.alignment import token_bytes
+from scilm_adapt.distill import train
 from scilm_adapt.divergence import head_of
 from scilm_adapt.endpoint import Endpoint, Word, chat_request, heard
 from scilm_adapt.errors import InputError
+from scilm_adapt.files import read_json
 from scilm_adapt.generate import chat_prompt, respond
-from scilm_adapt.models import LanguageModel, hidden_states, load, tiny
+from scilm_adapt.instruct import Chats
+from scilm_adapt.models import LanguageModel, hidden_states, load, tiny, weights_hash
+from scilm_adapt.papers import Corpus
 from scilm_adapt.remote import align_answer, kept_words, lexicon, match_ids, remote_targets
+from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, addresses, build_cache, open_cache
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, target_states
@@ -319,3 +324,25 @@ def test_a_server_with_other_names_of_the_end_is_understood(tmp_path):
     for line, i, share in zip(records, written.tolist(), near.tolist()):
         here = line['weights'][line['token_ids'] == end].sum()
         if i == end: assert abs(here - share) < 2e-3
+
+
+# --- as the teacher of a run ------------------------------------------------------------------------------------------------------------
+
+def test_a_server_that_tells_probabilities_teaches_a_run_by_them(teacher, student, tmp_path, capsys):
+    "From its address on, with the divergence that it can tell; the second time nothing is asked."
+    records = [dict(id=str(n), title='On sets', text=text) for n, text in enumerate(PASSAGES)]
+    for name in ('corpus', 'chats'): (tmp_path/name).mkdir()
+    corpus = Corpus(dict(train=records, valid=records, test=records), dict(valid=[]), tmp_path/'corpus')
+    chats, run = Chats(CHATS, CHATS[:2], CHATS[:2], tmp_path/'chats'), Run(tmp_path/'run')
+    steps = dict(steps=2, batch_size=2, context=128, learning_rate=1e-3, probe_every=0)
+    with Server(teacher) as server:
+        address = f'{server.endpoint.url}#m'
+        distilled = train(run, student, address, chats, corpus, **steps)
+        asked, said = len(server.asked), capsys.readouterr().out
+        assert 'a server cannot tell jsd: the divergence is forward_kl' in said and 'targets from m' in said
+        again = train(run, student, address, chats, corpus, **steps)
+        assert len(server.asked) == asked and weights_hash(again.model) == weights_hash(distilled.model) != weights_hash(student.model)
+    with Server(teacher, 'silent') as server, pytest.raises(InputError, match='gives no probabilities'):
+        train(Run(tmp_path/'other'), student, f'{server.endpoint.url}#m', chats, corpus, **steps, divergence='forward_kl')
+    history = read_json(run.folder/'models'/'distilled'/'history.json')
+    assert history[0]['distil'] > 0 and read_json(run.folder/'models'/'distilled'/'manifest.json')['config']['server'][1] == 'm'
