@@ -190,8 +190,8 @@ def train_stage(run: Run, name: str, recipe: Recipe, student: LanguageModel, tas
         trackers = Trackers(trackers_of(recipe.trackers), run.folder/'trackers', asdict(recipe))
         history = fit(model, task.batch_at, task.loss, recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed,
                       micro_batch=recipe.micro_batch or None, gradient_checkpointing=recipe.gradient_checkpointing,
-                      on_step_end=task.on_step_end, checkpoints=Checkpoints(scratch), state=task.state, records_at=task.records_at, description=description,
-                      trackers=trackers)
+                      on_step_end=task.on_step_end, checkpoints=Checkpoints(scratch), state=task.state, records_at=task.records_at,
+                      description=description, trackers=trackers)
         trained = replace(student, model=merge() if merge else model)
         save(trained, folder)
         keep_history(folder, history)

@@ -99,9 +99,10 @@ def pipeline(world: World, folder: Path) -> None:
     steps = dict(steps=STEPS, batch_size=4, context=128, learning_rate=1e-3)
     scientist = contrast.train(run, student, corpus, pairs_weight=0.1, **steps)
     chats = instruct.prepare(run, corpus, teacher, conversations=24, teacher_answers=2, held_out=4, context=128)
-    policy = OnPolicy(max_new_tokens=6, replay=4)
-    helper = distill.train(run, scientist, teacher, chats, corpus, on_policy=policy, warm_up=1, watch=3, **steps)
-    cached = distill.train(Run(folder/'cached'), scientist, teacher, chats, corpus, cache=4, watch=0, **steps)
+    policy = OnPolicy(share=0.5, max_new_tokens=6, replay=4)
+    helper = distill.train(run, scientist, teacher, chats, corpus, on_policy=policy, warm_up=1, probe_every=3,
+                           divergence='forward_kl', **steps)
+    cached = distill.train(Run(folder/'cached'), scientist, teacher, chats, corpus, cache=4, probe_every=0, **steps)
     evaluate.compare(run, dict(contrast=scientist, distilled=helper, cached=cached), corpus, chats, documents=4, answers=4,
                      max_new_tokens=4, context=128)
 
@@ -208,7 +209,7 @@ def undisturbed(world: World) -> None:
     words = [json.loads(line)['abstract'] for line in Path(world.papers).read_text().splitlines()]
     world.student, world.teacher = (models.tiny(words, 'llama', hidden=hidden, layers=1, context=256) for hidden in (32, 48))
     recipe.Checkpoints = partial(Told, steps=SAVES)
-    distill.watch = partial(collapse.watch, max_new_tokens=8)
+    distill.collapse_monitor = partial(collapse.collapse_monitor, max_new_tokens=8)
     found = []
     for _ in range(2):
         place, start = world.place(), time.perf_counter()
@@ -472,7 +473,7 @@ def alone(folder: Path, place: Path) -> None:
     world = World(folder, np.random.default_rng(0), str(folder/'papers.jsonl'), str(folder/'tales.jsonl'))
     words = [json.loads(line)['abstract'] for line in Path(world.papers).read_text().splitlines()]
     world.student, world.teacher = (models.tiny(words, 'llama', hidden=hidden, layers=1, context=256) for hidden in (32, 48))
-    distill.watch = partial(collapse.watch, max_new_tokens=8)
+    distill.collapse_monitor = partial(collapse.collapse_monitor, max_new_tokens=8)
     pipeline(world, place)
 
 

@@ -9,16 +9,28 @@ import pytest
 import torch
 from world import exact
 
-from scilm_adapt.collapse import Collapse, Look, answered, collapsed, judged, keep_good, look, rules, suspicious, watch
+from scilm_adapt.collapse import (
+    Collapse,
+    Probe,
+    answered,
+    collapse_monitor,
+    collapsed,
+    judged,
+    keep_good,
+    probe_student,
+    rules,
+    suspicious,
+)
 from scilm_adapt.decoding import repetition
 from scilm_adapt.divergence import head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json
 from scilm_adapt.generate import Answer, chat_prompt, halt_ids, respond, stop_ids
 from scilm_adapt.models import LanguageModel, build, hidden_states, load, weights_hash
+from scilm_adapt.recipe import lora
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
-from scilm_adapt.training import fit, lm_loss, lora, target_states
+from scilm_adapt.training import fit, lm_loss, target_states
 
 torch.set_num_threads(1)
 THINGS = dict(gold='a heavy metal', salt='a crystal from the sea', air='a gas')
@@ -76,25 +88,25 @@ def test_measures_are_those_of_a_naive_loop_in_64_bits(able, kind):
         else: one, other = p, q
         values += [(-q[t - 1, ids[t]].item(), -(q[t - 1].exp()*q[t - 1]).sum().item(), (one[t - 1].exp()*(one - other)[t - 1]).sum().item())
                    for t in range(1, len(ids)) if mask[t]]
-    assert np.allclose([seen['surprise'], seen['entropy'], seen['kl']], np.mean(values, 0), rtol=1e-10)
+    assert np.allclose([seen['nll'], seen['entropy'], seen['kl']], np.mean(values, 0), rtol=1e-10)
 
 
 def test_the_own_kl_is_that_at_the_answers_it_wrote(able):
     student, able = exact(model()), exact(able)
-    seen, values = look(student, LiveTeacher(able), CHATS, max_new_tokens=12), []
+    seen, values = probe_student(student, LiveTeacher(able), CHATS, max_new_tokens=12), []
     prompts = [chat_prompt(student, chat['messages'][:1]) for chat in CHATS]
     for prompt, answer in zip(prompts, respond(student, prompts, 12)):
         ids = torch.tensor([prompt + answer.ids])
         with torch.no_grad(): q, p = (lm.model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1) for lm in (student, able))
         values += (q.exp()*(q - p)).sum(-1).tolist()
-    assert math.isclose(seen.own_kl, np.mean(values), rel_tol=1e-10)
+    assert math.isclose(seen.on_policy_kl, np.mean(values), rel_tol=1e-10)
 
 
 def test_a_look_changes_nothing_and_is_the_same_again(able):
     lm, state = model(), torch.random.get_rng_state()
     lm.model.train()
     before = weights_hash(lm.model)
-    one, other = (replace(look(lm, LiveTeacher(able), CHATS, 3, 12), seconds=0) for _ in range(2))
+    one, other = (replace(probe_student(lm, LiveTeacher(able), CHATS, 3, 12), seconds=0) for _ in range(2))
     assert one == other and weights_hash(lm.model) == before and lm.model.training
     assert torch.equal(torch.random.get_rng_state(), state) and all(p.grad is None for p in lm.model.parameters())
 
@@ -102,49 +114,49 @@ def test_a_look_changes_nothing_and_is_the_same_again(able):
 def test_the_step_reaches_a_teacher_that_changes_with_it(able):
     asked = []
     shifted = ShiftedTeacher(LiveTeacher(able), model(), model(seed=5), alpha=lambda step: asked.append(step) or 0.0)
-    look(model(), shifted, CHATS[:2], 7, 4)
+    probe_student(model(), shifted, CHATS[:2], 7, 4)
     assert set(asked) == {7}
 
 
-class Deaf:
+class Deaf(Teacher):
     "A teacher that knows the training conversations only, as one on disk does."
     def loss(self, *_, **__): raise AssertionError('it was asked for what it cannot know')
 
 
 @pytest.mark.parametrize('teacher', [None, Deaf()])
 def test_without_a_teacher_that_can_tell_the_rest_is_seen(teacher):
-    seen = look(model(), teacher, CHATS[:2], max_new_tokens=4)
-    assert seen.kl is None is seen.own_kl and seen.surprise > 1 and seen.length == 4
+    seen = probe_student(model(), teacher, CHATS[:2], max_new_tokens=4)
+    assert seen.kl is None is seen.on_policy_kl and seen.nll > 1 and seen.length == 4
 
 
 def test_a_teacher_with_other_tokens_is_shown_the_conversations(able):
-    from scilm_adapt.alignment import AlignedTeacher
+    from scilm_adapt.alignment import AlignedTeacher, Teacher
     other = build(train_tokenizer([chat['messages'][1]['content'] for chat in CHATS], 290), hidden=32, layers=1, heads=2, context=128)
-    seen = look(able, AlignedTeacher(other, able.tokenizer), CHATS[:3], max_new_tokens=8)
-    assert seen.kl > 0 and math.isfinite(seen.kl) and seen.own_kl is None
+    seen = probe_student(able, AlignedTeacher(other, able.tokenizer), CHATS[:3], max_new_tokens=8)
+    assert seen.kl > 0 and math.isfinite(seen.kl) and seen.on_policy_kl is None
 
 
 def test_weights_that_are_no_numbers_are_seen(able):
     lm = model()
-    start = look(lm, None, CHATS[:2], max_new_tokens=4)
+    start = probe_student(lm, None, CHATS[:2], max_new_tokens=4)
     with torch.no_grad(): next(lm.model.parameters())[:] = math.nan
-    assert 'no number' in collapsed([start, look(lm, None, CHATS[:2], 4, 4)])
+    assert 'no number' in collapsed([start, probe_student(lm, None, CHATS[:2], 4, 4)])
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------------------
 
-BASE = Look(-1, length=64, stop_rate=0.0, truncated=1.0, repetition=0.95, surprise=4.0, entropy=3.5, highest=8.0, kl=2.0, own_kl=1.0)
-FINE = replace(BASE, step=10, length=12, stop_rate=0.9, truncated=0.0, repetition=0.05, surprise=2.0, entropy=1.5, kl=0.8)
+BASE = Probe(-1, length=64, stop_rate=0.0, truncated=1.0, repetition=0.95, nll=4.0, entropy=3.5, highest=8.0, kl=2.0, on_policy_kl=1.0)
+FINE = replace(BASE, step=10, length=12, stop_rate=0.9, truncated=0.0, repetition=0.05, nll=2.0, entropy=1.5, kl=0.8)
 
 
 def test_healthy_series_are_left_alone():
-    learning = [replace(BASE, step=n, stop_rate=min(1, n/5), repetition=max(0, 0.95 - n/4), kl=2/(1 + n), surprise=4/(1 + n),
+    learning = [replace(BASE, step=n, stop_rate=min(1, n/5), repetition=max(0, 0.95 - n/4), kl=2/(1 + n), nll=4/(1 + n),
                         entropy=3.5/(1 + n)) for n in range(30)]                            # by heart, and sure because it is right
     wavering = [BASE, *[replace(FINE, step=n, stop_rate=(0.9, 0.4)[n % 2], kl=(0.5, 2.4)[n % 2]) for n in range(20)]]
     nothing = [replace(BASE, step=n) for n in range(10)]
     untrained = [replace(BASE, step=n, entropy=7.99) for n in range(5)]
     same_as_teacher = [replace(BASE, step=n, kl=0.001*(n + 1)) for n in range(20)]
-    teacherless = [replace(one, kl=None, own_kl=None) for one in learning]
+    teacherless = [replace(one, kl=None, on_policy_kl=None) for one in learning]
     for series in (learning, wavering, nothing, untrained, same_as_teacher, teacherless, [BASE], []):
         assert not any(collapsed(series[:end]) for end in range(len(series) + 1))
 
@@ -155,7 +167,7 @@ def test_healthy_series_are_left_alone():
     ('sure_of_itself', dict(entropy=0.19), '3.500 nats at the start to 0.190'),
     ('sure_of_nothing', dict(entropy=7.7), '7.70 of at most 8.00'),
     ('away_from_teacher', dict(kl=2.26), 'KL from the teacher at held-out answers rose from 2.000'),
-    ('away_from_teacher', dict(kl=None, surprise=4.46), 'surprise at held-out answers rose from 4.000')])
+    ('away_from_teacher', dict(kl=None, nll=4.46), 'surprise at held-out answers rose from 4.000')])
 def test_each_rule_speaks_at_the_second_look_in_a_row_and_alone(rule, change, words):
     bad = replace(FINE, step=20, **change)
     assert list(suspicious([BASE, FINE, bad])) == [rule] and not collapsed([BASE, FINE, bad])
@@ -187,43 +199,43 @@ def test_a_healthy_training_is_not_disturbed(able, tmp_path):
     plain, watched = model(), model()
     options = dict(learning_rate=1e-2, precision='no')
     fit(plain.model, batch_at, follow(able), 45, **options)
-    after = watch(watched, LiveTeacher(able), CHATS, 10, tmp_path/'good', 45, max_new_tokens=16)
-    history = fit(watched.model, batch_at, follow(able), 45, on_step_end=after, **options)
+    monitor = collapse_monitor(watched, LiveTeacher(able), CHATS, 10, tmp_path/'good', 45, max_new_tokens=16)
+    history = fit(watched.model, batch_at, follow(able), 45, on_step_end=monitor, **options)
     assert weights_hash(plain.model) == weights_hash(watched.model) == weights_hash(load(tmp_path/'good', 'cpu').model)
-    seen = [row['step'] for row in history if 'watch_kl' in row]
-    assert seen == [9, 19, 29, 39, 44] and history[-1]['watch_kl'] < 0.5*history[9]['watch_kl'] and history[-1]['watch_stop_rate'] > 0.5
-    assert [one['step'] for one in read_json(tmp_path/'good'/'looks.json')] == [-1, *seen]
+    seen = [row['step'] for row in history if 'probe_kl' in row]
+    assert seen == [9, 19, 29, 39, 44] and history[-1]['probe_kl'] < 0.5*history[9]['probe_kl'] and history[-1]['probe_stop_rate'] > 0.5
+    assert [one['step'] for one in read_json(tmp_path/'good'/'probes.json')] == [-1, *seen]
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for row in history for value in row.values())
 
 
 def test_a_collapse_stops_the_run_and_the_last_good_weights_are_there(able, tmp_path):
     lm = replace(able, model=copy.deepcopy(able.model))
-    after = watch(lm, LiveTeacher(able), CHATS, 1, tmp_path/'good', 9, max_new_tokens=16)
+    monitor = collapse_monitor(lm, LiveTeacher(able), CHATS, 1, tmp_path/'good', 9, max_new_tokens=16)
     hashes = {}
     def ruin(step, model):
         if step >= 3:
             with torch.no_grad():
                 for p in model.parameters(): p.mul_(-2)
         hashes[step] = weights_hash(model)
-        return after(step, model)
+        return monitor(step, model)
     with pytest.raises(Collapse, match=r'collapsed at step 4: the .* to .*; the weights of step 2 are kept in') as found:
         fit(lm.model, batch_at, follow(able), 9, learning_rate=1e-4, precision='no', on_step_end=ruin)
     assert str(tmp_path/'good') in str(found.value) and '\n' not in str(found.value)
     assert weights_hash(load(tmp_path/'good', 'cpu').model) == hashes[2] and len(hashes) == 5
-    assert [one.step for one in found.value.looks] == [-1, 0, 1, 2, 3, 4] and not lm.model.training
+    assert [one.step for one in found.value.probes] == [-1, 0, 1, 2, 3, 4] and not lm.model.training
     assert [path.name for path in tmp_path.iterdir()] == ['good']  # nothing half-written beside it
 
 
 def test_what_was_seen_before_a_stop_is_judged_with_what_comes_after(able, tmp_path):
     lm = replace(able, model=copy.deepcopy(able.model))
-    first, second = (watch(lm, LiveTeacher(able), CHATS, 1, tmp_path/'good', 9, max_new_tokens=8) for _ in range(2))
+    first, second = (collapse_monitor(lm, LiveTeacher(able), CHATS, 1, tmp_path/'good', 9, max_new_tokens=8) for _ in range(2))
     first(0, lm.model)
     with torch.no_grad():
         for p in lm.model.parameters(): p.mul_(-2)
     first(1, lm.model)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     with pytest.raises(Collapse, match='collapsed at step 2: .*; the weights of step 0 are kept') as found: second(2, lm.model)
-    assert [one.step for one in found.value.looks] == [-1, 0, 1, 2] and found.value.looks[:3] == first.looks
+    assert [one.step for one in found.value.probes] == [-1, 0, 1, 2] and found.value.probes[:3] == first.probes
 
 
 def test_a_save_that_fails_leaves_the_good_weights_before_it(able, tmp_path):
@@ -236,14 +248,14 @@ def test_a_save_that_fails_leaves_the_good_weights_before_it(able, tmp_path):
 def test_adapters_are_kept_merged_and_go_on_learning(able, tmp_path):
     adapted, merge = lora(copy.deepcopy(able.model), 2)
     lm = replace(able, model=adapted)
-    after = watch(lm, LiveTeacher(able), CHATS, 2, tmp_path/'good', 3, max_new_tokens=8)
-    fit(adapted, batch_at, read, 3, learning_rate=1e-3, precision='no', on_step_end=after)
+    monitor = collapse_monitor(lm, LiveTeacher(able), CHATS, 2, tmp_path/'good', 3, max_new_tokens=8)
+    fit(adapted, batch_at, read, 3, learning_rate=1e-3, precision='no', on_step_end=monitor)
     kept, merged = load(tmp_path/'good', 'cpu').model.state_dict(), merge().state_dict()
     assert list(kept) == list(merged) == list(able.model.state_dict())
     assert all(torch.equal(kept[name], merged[name]) for name in kept)
 
 
 def test_what_cannot_be_watched_is_said(able, tmp_path):
-    with pytest.raises(InputError, match='every is 0'): watch(able, None, CHATS, 0, tmp_path/'good', 5)
-    with pytest.raises(InputError, match='there are 0'): watch(able, None, [], 1, tmp_path/'good', 5)
-    with pytest.raises(InputError, match='answer of 90'): watch(able, None, CHATS, 1, tmp_path/'good', 5, max_new_tokens=90)
+    with pytest.raises(InputError, match='every is 0'): collapse_monitor(able, None, CHATS, 0, tmp_path/'good', 5)
+    with pytest.raises(InputError, match='there are 0'): collapse_monitor(able, None, [], 1, tmp_path/'good', 5)
+    with pytest.raises(InputError, match='answer of 90'): collapse_monitor(able, None, CHATS, 1, tmp_path/'good', 5, max_new_tokens=90)

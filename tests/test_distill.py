@@ -11,22 +11,25 @@ import torch
 from world import WORDS, changed, conversation, exact, sentence
 
 from scilm_adapt import distill, files
+from scilm_adapt.alignment import Teacher, pack_chats
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.collapse import Collapse
 from scilm_adapt.distill import (
+    Recipe,
     batch_maker,
     distil_loss,
-    pack_chats,
+    make_teacher,
     train,
+    usual_divergence,
     weight_at,
 )
-from scilm_adapt.divergence import dense_loss
+from scilm_adapt.divergence import Divergence, dense_loss, divergences
 from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.errors import InputError
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document
-from scilm_adapt.rollouts import OnPolicy, on_policy_batches
+from scilm_adapt.rollouts import OnPolicy, on_policy_batches, part_of
 from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
@@ -53,7 +56,8 @@ def data(tmp_path) -> dict:
                 corpus=Corpus(dict(train=PAPERS[:30], valid=PAPERS[30:], test=PAPERS[30:]), dict(valid=[]), folders[1]))
 
 
-SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2)  # with watch=0 where the teacher is chance and far away is good
+SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2, divergence='forward_kl')
+# with probe_every=0 where the teacher is chance and far away is good
 
 
 def batch_of(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, rows: int = 4) -> dict:
@@ -108,20 +112,20 @@ def test_loss_is_the_sum_of_its_parts_as_defined(student, teacher):
     student, teacher = exact(student), exact(teacher)
     batch = batch_of([conversation(number) for number in range(12)])
     with torch.no_grad():
-        parts = distil_loss(LiveTeacher(teacher), 'jsd', 2.0, 0.3, 0.2, beta=0.1)(student.model, batch)
-        states, written = target_states(hidden_states(student.model, batch), batch)
+        parts = distil_loss(LiveTeacher(teacher), 'jsd beta=0.1', 2.0, 0.3, 0.2)(student.model, batch)
+        states, labels = target_states(hidden_states(student.model, batch), batch)
         logits = logits_of(student.model, states)
         mask = torch.ones(len(logits), dtype=torch.bool)
-        distil = dense_loss(logits, LiveTeacher(teacher).targets(batch), mask, 'jsd', 2.0, beta=0.1)
-        science = {name[8:]: value for name, value in batch.items() if name.startswith('science_')}
+        distil = dense_loss(logits, LiveTeacher(teacher).targets(batch), mask, 'jsd beta=0.1', 2.0)
+        science = part_of(batch, 'papers')
         torch.testing.assert_close(parts['distil'], distil)
         torch.testing.assert_close(parts['retention'], lm_loss(student.model, science))
-        torch.testing.assert_close(parts['answers'], -logits.log_softmax(-1)[range(len(written)), written].mean())
+        torch.testing.assert_close(parts['answers'], -logits.log_softmax(-1)[range(len(labels)), labels].mean())
         torch.testing.assert_close(parts['loss'], parts['distil'] + 0.3*parts['retention'] + 0.2*parts['answers'])
 
 
 def test_a_part_of_weight_zero_is_not_computed(student, teacher):
-    batch = {name: value for name, value in batch_of([conversation(1)]).items() if not name.startswith('science_')}
+    batch = {name: value for name, value in batch_of([conversation(1)]).items() if not name.startswith('papers_')}
     assert distil_loss(LiveTeacher(teacher))(student.model, batch).keys() == {'loss', 'distil'}
 
 
@@ -131,7 +135,7 @@ def test_micro_batches_give_the_same_loss_and_gradient(student, teacher, rows):
     student, teacher = exact(student), exact(teacher)
     loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, answer_weight=0.1)
     batch, gradients, values = batch_of([conversation(number) for number in range(20)], rows=8), [], []
-    batch = {name: value[:2] if name.startswith('science_') and value.ndim else value for name, value in batch.items()}
+    batch = {name: value[:2] if name.startswith('papers_') and value.ndim else value for name, value in batch.items()}
     for size in (None, rows):
         model = copy.deepcopy(student.model)
         parts = [loss(model, part) for part in micro_batches(batch, size)]
@@ -175,7 +179,7 @@ def test_train_keeps_the_result_and_leaves_both_models_alone(student, teacher, d
     capsys.readouterr()
     again = train(run, base, teacher, **data, **SETTINGS, answer_weight=0.1)
     assert 'kept' in capsys.readouterr().out and weights_hash(again.model) == weights_hash(distilled.model)
-    train(run, base, teacher, **data, **SETTINGS, kind='jsd', beta=0.1, retention_weight=0, answer_weight=0)
+    train(run, base, teacher, **data, **SETTINGS | dict(divergence='jsd beta=0.1'), retention_weight=0, answer_weight=0)
     assert 'kept' not in capsys.readouterr().out
     history = json.loads((folder/'history.json').read_text())
     assert not {'retention', 'answers'} & history[0].keys()
@@ -195,8 +199,9 @@ def test_training_approaches_the_teacher(student, teacher, data, tmp_path):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(kind='kl'), "'kl' is no known divergence"), (dict(temperature=-1.0), 'temperature'), (dict(kind='jsd', beta=2.0), 'beta is 2.0'),
-    (dict(context=4096), 'set context to at most 128'), (dict(context=8), 'None of the 20 conversations fits')])
+    (dict(divergence='kl'), "'kl' is no known divergence"), (dict(temperature=-1.0), 'temperature'),
+    (dict(divergence='jsd beta=2'), 'beta is 2.0'),
+    (dict(context=4096), 'context is 4096 tokens.*set context to at most'), (dict(context=8), 'None of the 20 conversations fits')])
 def test_what_cannot_work_is_refused_and_leaves_nothing(student, teacher, data, tmp_path, changes, message):
     with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
     assert [path for path in (tmp_path/'run').rglob('[!.]*') if path.is_file()] == []
@@ -269,7 +274,7 @@ def test_a_cache_is_a_stage_of_its_own_and_is_asked_once(student, teacher, data,
     live = history_of(run)
     train(run, student, teacher, **data, **settings, cache=300)
     assert 'targets: ' in capsys.readouterr().out and (run.folder/'targets'/'manifest.json').is_file()
-    for one, other in zip(live, history_of(run)):  # the draws' noise; the surprise is 5.7
+    for one, other in zip(live, history_of(run)):  # the draws' noise; the nll is 5.7
         assert other['distil'] == pytest.approx(one['distil'], abs=0.02)
     assert not (run.folder/'.unfinished').exists()
 
@@ -322,17 +327,19 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize('way', [
-    {}, dict(on_policy=OnPolicy(max_new_tokens=6, replay=8), watch=3), dict(rank=4, watch=2, answer_weight=0.1), dict(cache=4, watch=0),
-    dict(kind='skew_kl', on_policy=OnPolicy(max_new_tokens=6, share=1.0, contrast=1.0), watch=0)], ids=lambda way: ' '.join(way) or 'plain')
+    {}, dict(on_policy=OnPolicy(share=0.5, max_new_tokens=6, replay=8), probe_every=3),
+    dict(lora_rank=4, probe_every=2, answer_weight=0.1), dict(cache=4, probe_every=0),
+    dict(divergence='skew_kl', on_policy=OnPolicy(share=1.0, max_new_tokens=6, student_weight=1.0), probe_every=0)],
+    ids=lambda way: ' '.join(way) or 'plain')
 def test_a_training_that_was_stopped_comes_to_the_same_weights_and_history(student, teacher, data, tmp_path, way, monkeypatch):
     settings, found = SETTINGS | dict(steps=9, micro_batch=2, learning_rate=1e-3) | way, {}
-    timeless = {'tokens_per_second', 'watch_seconds'}
+    timeless = {'tokens_per_second', 'probe_seconds'}
     def run_to_the_end(name):
         run = Run(tmp_path/name)
         found[name] = weights_hash(train(run, student, teacher, **data, **settings).model), [
             {key: value for key, value in row.items() if key not in timeless} for row in history_of(run)]
     run_to_the_end('whole')
-    monkeypatch.setattr('scilm_adapt.distill.Checkpoints', partial(Checkpoints, steps=2))
+    monkeypatch.setattr('scilm_adapt.recipe.Checkpoints', partial(Checkpoints, steps=2))
     at, steps = [3, 4, 7], []
     def dying(step, **kwargs):
         steps.append(step)
@@ -355,7 +362,7 @@ def test_bad_numbers_are_refused_with_the_records_of_their_step(student, teacher
         return lambda model, batch: {name: value*(math.nan if int(batch['step']) == 1 else 1) for name, value in loss(model, batch).items()}
     monkeypatch.setattr(distill, 'distil_loss', spoilt)
     with pytest.raises(FloatingPointError, match=r'distil: step 1 gave a loss of nan.*its records: explanation of \d+, ') as told:
-        train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | dict(watch=0))
+        train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | dict(probe_every=0))
     step = batch_maker(pack_chats(TOKENIZER, data['chats'].train, 64), None, 3, 0, 0)(1)['input_ids']
     named = [int(n) for n in re.findall(r'explanation of (\d+)', str(told.value))]
     texts = [TOKENIZER.decode(row) for row in step]
@@ -365,13 +372,15 @@ def test_bad_numbers_are_refused_with_the_records_of_their_step(student, teacher
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(shift=0.5), 'give base, or shift=0'), (dict(shift=math.nan), 'shift is nan'), (dict(cache=-1), 'cache is -1'),
-    (dict(cache=8, kind='jsd'), "'jsd' cannot be had from a cache, because draws .* choose forward_kl, or cache=0"),
-    (dict(cache=10**6), 'cache is 1,000,000; .* at most the'), (dict(teacher=None), 'set distil_weight to 0'),
-    (dict(cache=4, on_policy=OnPolicy()), 'A cache knows the given answers only'), (dict(rank=-1), 'rank is -1'),
+    (dict(cache=8, divergence='jsd'), "'jsd' cannot be had from a cache, because draws .* choose forward_kl, or set cache to 0"),
+    (dict(cache=10**6), 'cache is 1,000,000; .* at most the'), (dict(teacher=None), 'set divergence_weight to 0'),
+    (dict(cache=4, on_policy=OnPolicy(share=0.5)), 'on_policy.share is 0.5, and a cache knows given answers only'),
+    (dict(lora_rank=-1), 'rank is -1'),
     (dict(authors=()), "authors of answers are ''"), (dict(authors=('reader',)), "are 'reader'; name paper"),
-    (dict(on_policy=OnPolicy(contrast=1.0)), "'forward_kl' cannot; choose skew_kl or adaptive_skew_kl"),
-    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), kind='jsd'), "'jsd' cannot be had from a server"),
-    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), shift=0.5, base='same'), 'A server can judge neither'),
+    (dict(on_policy=OnPolicy(share=1.0, student_weight=1.0)),
+     "'forward_kl' pulls .*; choose skew_kl or adaptive_skew_kl"),
+    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), divergence='jsd'), "'jsd' cannot be had from a server"),
+    (dict(teacher=Endpoint('http://127.0.0.1:9/v1'), shift=0.5, base='same'), 'shift is 0.5, and a server cannot be shifted'),
     (dict(shift=0.5, base='foreign'), 'different vocabularies')])
 def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path, changes, message):
     bases = dict(foreign=tiny(['Quite other words in there.']), same=student)
@@ -398,8 +407,8 @@ def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
 def test_the_reference_holds_the_student_to_what_it_said_of_papers(student, teacher):
     student, teacher = exact(student), exact(teacher)
     batch = batch_of([conversation(number) for number in range(12)])
-    science = {name[8:]: value for name, value in batch.items() if name.startswith('science_')}
-    loss = distil_loss(None, distil_weight=0.0, reference_weight=0.7, reference=LiveTeacher(teacher))
+    science = part_of(batch, 'papers')
+    loss = distil_loss(None, divergence_weight=0.0, reference_weight=0.7, reference=LiveTeacher(teacher))
     with torch.no_grad():
         parts = loss(student.model, batch)
         states, _ = target_states(hidden_states(student.model, science), science)
@@ -408,44 +417,44 @@ def test_the_reference_holds_the_student_to_what_it_said_of_papers(student, teac
     torch.testing.assert_close(parts['loss'], 0.7*expected)
 
 
-def own_batch(student, contrast: float = 0.0) -> tuple[dict, dict]:
+def own_batch(student, student_weight: float = 0.0) -> tuple[dict, dict]:
     "A batch with answers of the student's own, and the given one."
     chats = [conversation(number) for number in range(12)]
     conversations = pack_chats(TOKENIZER, chats, 64)
     given = batch_maker(conversations, None, 4, 0, seed=0)
-    policy = OnPolicy(share=1.0 if contrast else 0.5, max_new_tokens=8, contrast=contrast)
+    policy = OnPolicy(share=1.0 if student_weight else 0.5, max_new_tokens=8, student_weight=student_weight)
     return on_policy_batches(student, chats, conversations, given, policy, 64, 10, 0)(3), given(3)
 
 
 def test_own_words_teach_nothing_but_are_judged(student, teacher):
     student, teacher = exact(student), exact(teacher)
     batch, _ = own_batch(student)
-    own = batch['own'][:, 1:][batch['loss_mask'][:, 1:]]
+    own = batch['on_policy'][:, 1:][batch['loss_mask'][:, 1:]]
     assert 0 < own.sum() < len(own)
     with torch.no_grad():
         parts = distil_loss(LiveTeacher(teacher), 'jsd', answer_weight=0.5)(student.model, batch)
-        states, written = target_states(hidden_states(student.model, batch), batch)
+        states, labels = target_states(hidden_states(student.model, batch), batch)
         logits = logits_of(student.model, states)
-        surprise = -logits.log_softmax(-1)[range(len(written)), written]
+        nll = -logits.log_softmax(-1)[range(len(labels)), labels]
         judged = dense_loss(logits, LiveTeacher(teacher).targets(batch), torch.ones(len(own), dtype=torch.bool), 'jsd')
-    torch.testing.assert_close(parts['answers'], surprise[~own].sum()/len(own))
+    torch.testing.assert_close(parts['answers'], nll[~own].sum()/len(own))
     torch.testing.assert_close(parts['distil'], judged)
 
 
 def test_given_answers_are_pulled_up_and_own_ones_pushed_down_with_their_weights(student, teacher):
     student, teacher = exact(student), exact(teacher)
     batch, given = own_batch(student, 1.0)
-    assert torch.equal(batch['input_ids'], given['input_ids']) and len(batch['own_input_ids'])
-    own = {name[4:]: value for name, value in batch.items() if name.startswith('own_')}
-    loss = distil_loss(LiveTeacher(teacher), 'skew_kl', contrast=1.0, steps=10)
+    assert torch.equal(batch['input_ids'], given['input_ids']) and len(batch['on_policy_input_ids'])
+    own = part_of(batch, 'on_policy')
+    loss = distil_loss(LiveTeacher(teacher), 'skew_kl', student_weight=1.0, steps=10)
     with torch.no_grad():
         parts = loss(student.model, batch)
-        for name, rows, kind in (('distil', given, 'skew_kl'), ('own', own, 'skew_reverse_kl')):
+        for name, rows, kind in (('distil', given, 'skew_kl'), ('on_policy', own, 'skew_reverse_kl')):
             states, _ = target_states(hidden_states(student.model, rows), rows)
             expected = dense_loss(logits_of(student.model, states), LiveTeacher(teacher).targets(rows), torch.ones(len(states)) > 0, kind)
             torch.testing.assert_close(parts[name], expected)
     weight = 1 + 0.5*3/9  # DistiLLM-2: from 1 to 1.5
-    torch.testing.assert_close(parts['loss'], (2 - weight)*parts['distil'] + weight*parts['own'])
+    torch.testing.assert_close(parts['loss'], (2 - weight)*parts['distil'] + weight*parts['on_policy'])
     torch.testing.assert_close(loss(student.model, batch)['loss'], sum(loss(student.model, p)['loss'] for p in micro_batches(batch, 1)))
 
 
@@ -458,9 +467,10 @@ def test_in_the_warm_up_only_given_words_are_learnt(student, teacher):
 
 
 @pytest.mark.parametrize('way', [
-    dict(on_policy=OnPolicy(max_new_tokens=6)), dict(on_policy=OnPolicy(max_new_tokens=6, replay=8)),
-    dict(kind='skew_kl', on_policy=OnPolicy(max_new_tokens=6, share=1.0, contrast=1.0)), dict(rank=4), dict(gradient_checkpointing=True),
-    dict(distil_weight=(1.0, 0.0), reference_weight=0.5), dict(watch=2, answer_weight=0.0)],
+    dict(on_policy=OnPolicy(share=0.5, max_new_tokens=6)), dict(on_policy=OnPolicy(share=0.5, max_new_tokens=6, replay=8)),
+    dict(divergence='skew_kl', on_policy=OnPolicy(share=1.0, max_new_tokens=6, student_weight=1.0)), dict(lora_rank=4),
+    dict(gradient_checkpointing=True),
+    dict(divergence_weight=(1.0, 0.0), reference_weight=0.5), dict(probe_every=2, answer_weight=0.0)],
     ids=lambda way: ' '.join(way))
 def test_every_way_trains_is_deterministic_and_leaves_the_student_alone(student, teacher, data, tmp_path, way, capsys):
     before, hashes = weights_hash(student.model), []
@@ -471,14 +481,14 @@ def test_every_way_trains_is_deterministic_and_leaves_the_student_alone(student,
     rows = history_of(run)
     if 'on_policy' in way:
         assert 'the student ends 0% of its answers: 1 steps on given ones first' in capsys.readouterr().out
-        assert 'distil' not in rows[0] and 'rolled_share' not in rows[0] and any(row['rolled_share'] > 0 for row in rows[1:])
-    if way.get('watch'): assert [row['step'] for row in rows if 'watch_stop_rate' in row] == [1, 3, 5]
+        assert 'distil' not in rows[0] and 'rollout_share' not in rows[0] and any(row['rollout_share'] > 0 for row in rows[1:])
+    if way.get('probe_every'): assert [row['step'] for row in rows if 'probe_stop_rate' in row] == [1, 3, 5]
 
 
 def test_without_a_teacher_the_words_of_chosen_authors_are_learnt(student, data, tmp_path):
     chats = data['chats']
     mixed = [chat | dict(author='teacher' if n % 2 else 'paper') for n, chat in enumerate(chats.train)]
-    words = SETTINGS | dict(distil_weight=0.0, answer_weight=1.0, retention_weight=0.0, watch=0)
+    words = SETTINGS | dict(divergence_weight=0.0, answer_weight=1.0, retention_weight=0.0, probe_every=0)
     def learnt(name, given, **changes):
         return weights_hash(train(Run(tmp_path/name), student, None, replace(chats, train=given), data['corpus'], **words, **changes).model)
     assert learnt('a', mixed, authors=('teacher',)) == learnt('b', [c for c in mixed if c['author'] == 'teacher']) != learnt('c', mixed)
@@ -494,17 +504,17 @@ def test_a_teacher_with_other_tokens_goes_all_the_way(teacher, data, tmp_path, c
     assert stranger.tokenizer.chat_template is None and distilled.tokenizer.chat_template
     assert 'byte by byte' in capsys.readouterr().out
     rows = history_of(run)
-    assert rows[-1]['distil'] < 0.9*rows[0]['distil'] and rows[-1]['watch_stop_rate'] >= 0
-    for wrong in (dict(shift=0.5, base=stranger), dict(cache=4), dict(on_policy=OnPolicy())):
-        with pytest.raises(InputError, match=f"different vocabularies, which {next(iter(wrong))} cannot bridge"):
+    assert rows[-1]['distil'] < 0.9*rows[0]['distil'] and rows[-1]['probe_stop_rate'] >= 0
+    for wrong in (dict(shift=0.5, base=stranger), dict(cache=4), dict(on_policy=OnPolicy(share=0.5))):
+        with pytest.raises(InputError, match=f'{next(iter(wrong))}.* is .*different vocabularies, which that cannot bridge; set it to 0'):
             train(Run(tmp_path/'other'), stranger, teacher, **data, **SETTINGS, **wrong)
 
 
 def test_a_collapse_stops_the_run_and_keeps_the_last_good_weights(student, teacher, data, tmp_path):
-    helper = train(Run(tmp_path/'good'), student, teacher, **data, **SETTINGS | dict(steps=20, watch=0))
+    helper = train(Run(tmp_path/'good'), student, teacher, **data, **SETTINGS | dict(steps=20, probe_every=0))
     run = Run(tmp_path/'run')
     with pytest.raises(Collapse, match='step .*Lower the learning rate'):
-        train(run, helper, teacher, **data, **SETTINGS | dict(steps=40, watch=2, learning_rate=5.0, retention_weight=0.0))
+        train(run, helper, teacher, **data, **SETTINGS | dict(steps=40, probe_every=2, learning_rate=5.0, retention_weight=0.0))
     assert not (run.folder/'models'/'distilled').exists()
 
 
@@ -514,3 +524,49 @@ def test_what_a_process_left_that_was_killed_at_a_look_is_swept_up(student, teac
     (left/files.WORK).touch()  # killed before it could write its mark
     train(Run(tmp_path), student, teacher, **data, **SETTINGS)
     assert [path.name for path in left.parent.iterdir()] == ['distilled']
+
+
+# --- what a teacher and a divergence may be
+
+def test_a_teacher_and_a_divergence_of_ones_own_are_used_at_once(student, data, tmp_path, monkeypatch):
+    "One class with a loss, one entry in a dictionary: nothing else has to know of either."
+    class Fixed(Teacher):
+        "Says the same of every word: that the first token of the vocabulary comes."
+        def loss(self, batch, states, head, divergence='forward_kl', temperature=1.0, count=None):
+            logits = torch.zeros(len(states), len(head.weight))
+            logits[:, 0] = 3.0
+            everything = torch.ones(len(states), dtype=torch.bool)
+            return dense_loss(head.logits(states), logits, everything, divergence, temperature, count)
+    def hellinger(teacher, student, weight=1.0): return weight*((teacher/2).exp() - (student/2).exp()).square().sum(-1)/2
+    monkeypatch.setitem(divergences, 'hellinger', Divergence('hellinger', 'Hellinger', hellinger))
+    settings = SETTINGS | dict(steps=8, retention_weight=0.0, answer_weight=0.0, divergence='hellinger weight=2', probe_every=0)
+    run = Run(tmp_path/'run')
+    train(run, student, Fixed(), **data, **settings)
+    rows = history_of(run)
+    assert rows[-1]['distil'] < 0.9*rows[0]['distil']
+    config = json.loads((run.folder/'models'/'distilled'/'manifest.json').read_text())['config']
+    assert config['divergence'] == dict(name='hellinger', weight=2.0) and config['teacher'] is None
+    with pytest.raises(InputError, match='on_policy.share is 0.5, and this teacher cannot be asked about any text'):
+        train(run, student, Fixed(), **data, **settings | dict(on_policy=OnPolicy(share=0.5)))
+
+
+def test_the_key_holds_the_resolved_divergence_and_not_how_it_is_computed(student, teacher):
+    recipe = Recipe(**SETTINGS | dict(divergence='jsd'))
+    assert recipe.key()['divergence'] == dict(name='jsd', beta=0.5, scaled=True)
+    assert replace(recipe, divergence='jsd beta=0.5').key() == recipe.key() != replace(recipe, divergence='jsd beta=0.4').key()
+    assert replace(recipe, micro_batch=1, gradient_checkpointing=True, trackers='x').key() == recipe.key()
+
+
+def test_one_function_makes_every_kind_of_teacher(student, teacher, capsys):
+    def made(source=teacher, **settings):
+        recipe = Recipe(**SETTINGS | dict(divergence=None) | settings)
+        found = make_teacher(source, student, recipe, base=student)
+        return found, usual_divergence(found)
+    stranger = build(train_tokenizer([document(paper) for paper in PAPERS], 300), hidden=32, layers=1, name='stranger')
+    kinds = [(made(), 'LiveTeacher', 'jsd'), (made(shift=0.5), 'ShiftedTeacher', 'jsd'), (made(cache=4), 'RecordedTeacher', 'forward_kl'),
+             (made(stranger), 'AlignedTeacher', 'jsd'), (made(Endpoint('http://127.0.0.1:9/v1')), 'ServerTeacher', 'forward_kl'),
+             (made(None, divergence_weight=0.0), 'NoTeacher', 'jsd'), (made(mine := Teacher()), 'Teacher', 'jsd')]
+    assert [(type(found).__name__, usual) for (found, usual), _, _ in kinds] == [(name, usual) for _, name, usual in kinds]
+    assert made(mine)[0] is mine and made(divergence_weight=0.0)[0].local is teacher
+    assert [found.local is not None for (found, _), _, _ in kinds] == [True, True, True, True, False, False, False]
+    assert capsys.readouterr().out.count('cannot tell jsd: the divergence is forward_kl') == 2

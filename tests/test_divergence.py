@@ -11,22 +11,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from world import BABBLE, of_family
 
 from scilm_adapt.divergence import (
+    Divergence,
     Head,
     adaptive_alpha,
     adaptive_skew_kl,
     alpha_beta,
     by_autograd,
     chunked_loss,
+    counterpart_of,
     dense_loss,
     divergences,
     forward_kl,
     head_of,
     jsd,
+    make_divergence,
     probability_gap,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
-    slope_of,
     sparse_loss,
 )
 from scilm_adapt.errors import InputError
@@ -38,7 +40,8 @@ ALIKE = [('forward_kl', {}), ('reverse_kl', {}), *(('jsd', dict(beta=b)) for b i
 KINDS = [*ALIKE, ('jsd', dict(scaled=False)), ('skew_kl', {}), ('skew_reverse_kl', dict(alpha=0.3)), ('adaptive_skew_kl', {}),
          ('adaptive_skew_reverse_kl', dict(usual=0.2)), ('total_variation', {}), ('alpha_beta', {}),
          ('alpha_beta', dict(alpha=0.0, beta=0.5)), ('alpha_beta', dict(alpha=1.5, beta=0.0))]
-each_kind = pytest.mark.parametrize(('kind', 'options'), KINDS, ids=str)
+KINDS = [divergences[name].bind(**options) for name, options in KINDS]
+each_divergence = pytest.mark.parametrize('divergence', KINDS, ids=str)
 
 
 def logits(*shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -77,25 +80,25 @@ NAIVE = dict(forward_kl=naive_kl, reverse_kl=lambda p, q: naive_kl(q, p), jsd=na
              total_variation=lambda p, q: sum(abs(a - b) for a, b in zip(p, q))/2)
 
 
-def naive(teacher: list[float], student: list[float], kind: str, temperature: float, **options) -> float:
+def naive(teacher: list[float], student: list[float], divergence: Divergence, temperature: float) -> float:
     "One token's divergence from logits, in plain Python floats (64 bits)."
     def softmax(z):
         e = [math.exp((x - max(z))/temperature) for x in z]
         return [x/sum(e) for x in e]
-    return NAIVE[kind](softmax(teacher), softmax(student), **options)
+    return NAIVE[divergence.name](softmax(teacher), softmax(student), **divergence.options)
 
 
 def test_every_divergence_is_checked():
-    assert set(divergences) == set(NAIVE) == {kind for kind, _ in KINDS}
+    assert set(divergences) == set(NAIVE) == {one.name for one in KINDS} and all(name == one.name for name, one in divergences.items())
 
 
-@each_kind
+@each_divergence
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
-def test_equals_a_naive_loop(kind, options, temperature):
+def test_equals_a_naive_loop(divergence, temperature):
     student, teacher, mask = logits(20, 11), logits(20, 11, seed=1), torch.arange(20) % 3 != 0
-    wanted = [naive(t, s, kind, temperature, **options)
+    wanted = [naive(t, s, divergence, temperature)
               for s, t, m in zip(student.tolist(), teacher.tolist(), mask.tolist()) if m]
-    got = dense_loss(student, teacher, mask, kind, temperature=temperature, **options).item()
+    got = dense_loss(student, teacher, mask, divergence, temperature=temperature).item()
     assert math.isclose(got, temperature**2*sum(wanted)/len(wanted), rel_tol=1e-12, abs_tol=1e-14)
 
 
@@ -112,16 +115,16 @@ def test_equals_trl_in_value_and_gradient(trl_loss, beta, temperature):
     "TRL's is the plain JSD, but the full KL at both ends, and it leaves T squared out."
     student, teacher, mask = logits(4, 6, 9).requires_grad_(), logits(4, 6, 9, seed=1), logits(4, 6, seed=2) > 0
     theirs = trl_loss(student, teacher, labels=torch.where(mask, 0, -100), beta=beta, temperature=temperature)
-    ours = dense_loss(student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten(), 'jsd', temperature=temperature, beta=beta,
-                      scaled=beta in (0, 1))/temperature**2
+    ours = dense_loss(student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten(), f'jsd beta={beta} scaled={beta in (0, 1)}',
+                      temperature=temperature)/temperature**2
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)       # TRL holds beta in 32 bits
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)), rtol=1e-5, atol=1e-9)
 
 
-@each_kind
-def test_gradient_equals_finite_differences(kind, options):
+@each_divergence
+def test_gradient_equals_finite_differences(divergence):
     student, teacher, mask = logits(5, 6).requires_grad_(), logits(5, 7, seed=1), torch.tensor([1, 1, 0, 1, 0]).bool()
-    assert torch.autograd.gradcheck(lambda z: dense_loss(z, teacher, mask, kind, temperature=1.5, **options), student)
+    assert torch.autograd.gradcheck(lambda z: dense_loss(z, teacher, mask, divergence, temperature=1.5), student)
 
 
 def test_gradient_of_forward_kl_is_the_difference_of_probabilities():
@@ -130,13 +133,13 @@ def test_gradient_of_forward_kl_is_the_difference_of_probabilities():
     torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach()/5)
 
 
-@each_kind
+@each_divergence
 @given(seed=st.integers(0, 999), scale=st.floats(0.01, 20), words=st.integers(2, 30))
-def test_is_a_divergence(kind, options, seed, scale, words):
+def test_is_a_divergence(divergence, seed, scale, words):
     teacher, student = (logits(8, words, seed=seed + n, scale=scale).log_softmax(-1) for n in (0, 1000))
-    value = divergences[kind](teacher, student, **options)
+    value = divergence(teacher, student)
     assert value.shape == (8,) and (value >= -1e-12).all() and value.isfinite().all()
-    assert divergences[kind](teacher, teacher, **options).abs().max() < 1e-10
+    assert divergence(teacher, teacher).abs().max() < 1e-10
 
 
 @given(beta=st.floats(0.01, 0.99), seed=st.integers(0, 99))
@@ -163,31 +166,31 @@ def test_divergences_agree_near_agreement():
     teacher = logits(6, 9)
     student = (teacher + 1e-4*logits(6, 9, seed=1)).requires_grad_()
     mask, gradients = torch.ones(6, dtype=torch.bool), []
-    for kind, options in ALIKE:
-        gradients.append(torch.autograd.grad(dense_loss(student, teacher, mask, kind, **options), student)[0])
+    for divergence in KINDS[:len(ALIKE)]:
+        gradients.append(torch.autograd.grad(dense_loss(student, teacher, mask, divergence), student)[0])
         torch.testing.assert_close(gradients[-1], gradients[0], rtol=1e-2, atol=1e-8)
 
 
-@each_kind
-def test_invariances(kind, options):
+@each_divergence
+def test_invariances(divergence):
     student, teacher, mask = logits(16, 9), logits(16, 9, seed=1), logits(16, seed=2) > -1
-    value = dense_loss(student, teacher, mask, kind, **options)
+    value = dense_loss(student, teacher, mask, divergence)
     order, words = torch.randperm(16), torch.randperm(9)
     same = dict(rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(dense_loss(student[order], teacher[order], mask[order], kind, **options), value, **same)
-    torch.testing.assert_close(dense_loss(student[:, words], teacher[:, words], mask, kind, **options), value, **same)
+    torch.testing.assert_close(dense_loss(student[order], teacher[order], mask[order], divergence), value, **same)
+    torch.testing.assert_close(dense_loss(student[:, words], teacher[:, words], mask, divergence), value, **same)
     shifted = student + logits(16, 1, seed=3), teacher - logits(16, 1, seed=4)   # a constant added to a row's logits
-    torch.testing.assert_close(dense_loss(*shifted, mask, kind, **options), value, **same)
-    torch.testing.assert_close(dense_loss(student[mask], teacher[mask], mask[mask], kind, **options), value, **same)
+    torch.testing.assert_close(dense_loss(*shifted, mask, divergence), value, **same)
+    torch.testing.assert_close(dense_loss(student[mask], teacher[mask], mask[mask], divergence), value, **same)
 
 
-@each_kind
+@each_divergence
 @pytest.mark.parametrize('rows', [1, 4, 16])
-def test_micro_batches_add_up_in_value_and_gradient(kind, options, rows):
+def test_micro_batches_add_up_in_value_and_gradient(divergence, rows):
     "1 x 16 = 4 x 4 = 16 x 1, whatever each part holds of the loss tokens."
     student, teacher, mask = logits(16, 9).requires_grad_(), logits(16, 9, seed=1), torch.arange(16) > 5
-    whole = dense_loss(student, teacher, mask, kind, temperature=2.0, **options)
-    parts = sum(dense_loss(student[part], teacher[part], mask[part], kind, temperature=2.0, count=mask.sum(), **options)
+    whole = dense_loss(student, teacher, mask, divergence, temperature=2.0)
+    parts = sum(dense_loss(student[part], teacher[part], mask[part], divergence, temperature=2.0, count=mask.sum())
                 for part in torch.arange(16).split(rows))
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (parts, whole)), rtol=1e-12, atol=1e-15)
@@ -199,33 +202,33 @@ def test_count_may_be_a_number_or_a_tensor(count):
     torch.testing.assert_close(dense_loss(student, teacher, mask, count=count), dense_loss(student, teacher, mask)/2)
 
 
-@each_kind
+@each_divergence
 @pytest.mark.parametrize('tokens', [0, 4])
-def test_no_loss_tokens_give_zero_and_a_zero_gradient(kind, options, tokens):
+def test_no_loss_tokens_give_zero_and_a_zero_gradient(divergence, tokens):
     student, teacher, mask = logits(tokens, 6).requires_grad_(), logits(tokens, 6, seed=1), torch.zeros(tokens, dtype=torch.bool)
     for count in (None, 0, 7):
-        value = dense_loss(student, teacher, mask, kind, count=count, **options)
+        value = dense_loss(student, teacher, mask, divergence, count=count)
         gradient, = torch.autograd.grad(value, student)
         assert value == 0 and not gradient.any()
 
 
-@each_kind
+@each_divergence
 @pytest.mark.parametrize('hole', [-INF, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('where', ['student', 'teacher', 'both', 'crossed'])
-def test_ruled_out_tokens_give_numbers(kind, options, hole, dtype, where):
+def test_ruled_out_tokens_give_numbers(divergence, hole, dtype, where):
     student, teacher = logits(4, 6, dtype=dtype), logits(4, 6, seed=1, dtype=dtype)
     if where in ('student', 'both', 'crossed'): student[:, 2] = hole
     if where in ('teacher', 'both'): teacher[:, 2] = hole
     if where == 'crossed': teacher[:, 3] = hole
     student.requires_grad_()
     mask = torch.ones(4, dtype=torch.bool)
-    value = dense_loss(student, teacher, mask, kind, temperature=2.0, **options)
+    value = dense_loss(student, teacher, mask, divergence, temperature=2.0)
     gradient, = torch.autograd.grad(value, student)
     assert value.isfinite() and gradient.isfinite().all()
     if where == 'both':                                                # as if the word were not there
         kept = [0, 1, 3, 4, 5]
-        torch.testing.assert_close(value, dense_loss(student[:, kept], teacher[:, kept], mask, kind, temperature=2.0, **options))
+        torch.testing.assert_close(value, dense_loss(student[:, kept], teacher[:, kept], mask, divergence, temperature=2.0))
 
 
 def test_masked_tokens_may_hold_anything():
@@ -237,25 +240,25 @@ def test_masked_tokens_may_hold_anything():
     assert value == wanted and torch.autograd.grad(value, student)[0].isfinite().all()
 
 
-@each_kind
-def test_padding_rows_of_either_vocabulary_change_nothing(kind, options):
+@each_divergence
+def test_padding_rows_of_either_vocabulary_change_nothing(divergence):
     student, teacher, mask = logits(4, 6), logits(4, 6, seed=1), torch.ones(4, dtype=torch.bool)
     rows = torch.full((4, 5), 9.0, dtype=torch.float64)
-    value = dense_loss(student, teacher, mask, kind, **options)
-    assert value == dense_loss(student, torch.cat([teacher, rows], 1), mask, kind, **options)
+    value = dense_loss(student, teacher, mask, divergence)
+    assert value == dense_loss(student, torch.cat([teacher, rows], 1), mask, divergence)
     wide = torch.cat([student, rows], 1).requires_grad_()
-    loss = dense_loss(wide, teacher, mask, kind, **options)
+    loss = dense_loss(wide, teacher, mask, divergence)
     assert value == loss and not torch.autograd.grad(loss, wide)[0][:, 6:].any()
 
 
-@each_kind
-def test_small_numbers_are_computed_in_32_bits(kind, options):
+@each_divergence
+def test_small_numbers_are_computed_in_32_bits(divergence):
     student, teacher, mask = *(logits(8, 50, seed=n, dtype=torch.bfloat16) for n in (0, 1)), torch.ones(8, dtype=torch.bool)
-    value = dense_loss(student, teacher, mask, kind, **options)
+    value = dense_loss(student, teacher, mask, divergence)
     assert value.dtype == torch.float32
-    exact = dense_loss(student.double(), teacher.double(), mask, kind, **options)
+    exact = dense_loss(student.double(), teacher.double(), mask, divergence)
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(dense_loss(student, teacher, mask, kind, **options), value)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(dense_loss(student, teacher, mask, divergence), value)
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -265,14 +268,14 @@ def test_no_gradient_reaches_the_teacher():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(kind='kl'), "'kl' is no known divergence; choose one of forward_kl"),
+    (dict(divergence='kl'), "'kl' is no known divergence.* Choose one of forward_kl"),
     (dict(temperature=0.0), 'temperature is 0.0'),
     (dict(temperature=math.nan), 'temperature is nan'),
-    (dict(kind='jsd', beta=1.5), 'beta is 1.5'),
-    (dict(kind='jsd', beta=-0.1), 'beta is -0.1'),
-    (dict(kind='skew_kl', alpha=0.0), 'alpha is 0.0'),
-    (dict(kind='alpha_beta', alpha=-0.5), 'alpha is -0.5 and beta 0.7'),
-    (dict(kind='alpha_beta', alpha=0, beta=0), 'one must be more than 0'),
+    (dict(divergence='jsd beta=1.5'), 'beta is 1.5'),
+    (dict(divergence='jsd beta=-0.1'), 'beta is -0.1'),
+    (dict(divergence='skew_kl alpha=0'), 'alpha is 0.0'),
+    (dict(divergence='alpha_beta alpha=-0.5'), 'alpha is -0.5 and beta 0.7'),
+    (dict(divergence='alpha_beta alpha=0 beta=0'), 'one must be more than 0'),
     (dict(vocabulary=7), 'at most 6'),
     (dict(vocabulary=0), 'vocabulary is 0'),
     (dict(mask=torch.ones(3, dtype=torch.bool)), '4, 4 and 3 tokens'),
@@ -282,20 +285,72 @@ def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(InputError, match=message): dense_loss(**arguments)
 
 
+def hellinger(teacher, student, weight=1.0): return weight*((teacher/2).exp() - (student/2).exp()).square().sum(-1)/2
+
+
 def test_a_divergence_can_be_added(monkeypatch):
-    "The registry is a plain dictionary: the distance of Hellinger, for example."
-    monkeypatch.setitem(divergences, 'hellinger', lambda t, s: ((t/2).exp() - (s/2).exp()).square().sum(-1)/2)
-    value = dense_loss(logits(4, 6), logits(4, 6, seed=1), torch.ones(4, dtype=torch.bool), 'hellinger')
-    assert 0 < value < 1
+    "The registry is a plain dictionary: the distance of Hellinger, for example, with an option of its own."
+    monkeypatch.setitem(divergences, 'hellinger', Divergence('hellinger', 'Hellinger', hellinger, sparse=('top_k',)))
+    teacher, student, mask = logits(4, 6, seed=1), logits(4, 6), torch.ones(4, dtype=torch.bool)
+    by_hand = hellinger(teacher.log_softmax(-1), student.log_softmax(-1)).mean()
+    torch.testing.assert_close(dense_loss(student, teacher, mask, 'hellinger'), by_hand)
+    torch.testing.assert_close(dense_loss(student, teacher, mask, 'hellinger weight=3'), 3*by_hand)
+    p, top = problem(), truth(problem()).exp().topk(17)
+    torch.testing.assert_close(as_sparse(p, *top[::-1], 'top_k', divergence='hellinger'), as_dense(p, divergence='hellinger'))
+    with pytest.raises(InputError, match='choose forward_kl or skew_kl or hellinger'): as_sparse(p, *top[::-1], 'top_k', divergence='jsd')
+
+
+# --- as objects
+
+@pytest.mark.parametrize(('text', 'name', 'options'), [
+    ('jsd', 'jsd', {}), ('jsd beta=0.1', 'jsd', dict(beta=0.1)), ('jsd beta=0.5 scaled=true', 'jsd', {}),
+    ('jsd scaled=False', 'jsd', dict(scaled=False)),
+    ('alpha_beta beta=0.3  alpha=1', 'alpha_beta', dict(alpha=1.0, beta=0.3)), ('skew_kl alpha=0.3', 'skew_kl', dict(alpha=0.3))])
+def test_a_text_becomes_a_bound_divergence_and_text_again(text, name, options):
+    found = make_divergence(text)
+    assert (found.name, found.options) == (name, options) and make_divergence(str(found)) == found == make_divergence(found)
+    teacher, student = logits(5, 6).log_softmax(-1), logits(5, 6, seed=1).log_softmax(-1)
+    assert torch.equal(found(teacher, student), divergences[name].function(teacher, student, **options))
+
+
+def test_what_its_settings_are_does_not_depend_on_how_they_were_written():
+    assert make_divergence('jsd').settings == make_divergence('jsd beta=0.5').settings == dict(name='jsd', beta=0.5, scaled=True)
+    assert make_divergence('total_variation').settings == dict(name='total_variation')
+    assert str(make_divergence('jsd').bind(beta=0.2)) == 'jsd beta=0.2'
+    assert make_divergence('jsd beta=0.1').bind(beta=0.5) == divergences['jsd']
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('jds', "'jds' is no known divergence. Did you mean 'jsd'"), ('', "'' is no known divergence"),
+    ('jsd alpha=0.1', "'jsd' has no option 'alpha'. It has beta, scaled"),
+    ('jsd bta=0.1', "no option 'bta'. Did you mean 'beta'"), ('jsd beta=half', "'beta=half' is no option of 'jsd'; write a name"),
+    ('jsd 0.1', "'0.1' is no option"), ('jsd beta=2', 'beta is 2.0; it mixes'), ('skew_reverse_kl alpha=0', 'alpha is 0.0'),
+    ('adaptive_skew_kl alpha=1.5', 'alpha is 1.5 and usual 0.1'), ('adaptive_skew_kl usual=-1', 'usual -1.0'),
+    ('forward_kl beta=1', 'It has none')])
+def test_a_text_that_is_no_divergence_is_refused_with_what_is_near(text, message):
+    with pytest.raises(InputError, match=message): make_divergence(text)
+
+
+@pytest.mark.parametrize(('text', 'other'), [('skew_kl', 'skew_reverse_kl'), ('skew_kl alpha=0.3', 'skew_reverse_kl alpha=0.3'),
+                                             ('adaptive_skew_kl usual=0.2', 'adaptive_skew_reverse_kl usual=0.2')])
+def test_a_counterpart_takes_over_the_options(text, other):
+    assert counterpart_of(text) == make_divergence(other)
+    teacher, student = logits(5, 6).log_softmax(-1), logits(5, 6, seed=1).log_softmax(-1)
+    torch.testing.assert_close(counterpart_of(text)(teacher, student), make_divergence(text)(student, teacher))
+
+
+def test_without_a_counterpart_that_is_said():
+    with pytest.raises(InputError, match="'jsd' pulls .* choose skew_kl or adaptive_skew_kl"): counterpart_of('jsd beta=0.1')
 
 
 # --- the single divergences
 
-@each_kind
-def test_gradient_of_a_divergence_equals_finite_differences_for_both_sides(kind, options):
+@each_divergence
+def test_gradient_of_a_divergence_equals_finite_differences_for_both_sides(divergence):
     "The function itself, and for the teacher too, as it is for anyone to use."
-    def value(teacher, student): return divergences[kind](teacher.log_softmax(-1), student.log_softmax(-1), **options)
+    def value(teacher, student): return divergence(teacher.log_softmax(-1), student.log_softmax(-1))
     teacher, student = logits(4, 5, scale=1.0).requires_grad_(), logits(4, 5, seed=1, scale=1.0).requires_grad_()
+    kind, options = divergence.name, divergence.options
     if not kind.startswith('adaptive'): assert torch.autograd.gradcheck(value, (teacher, student))
     else:                                        # the skew itself is held fixed
         alpha = adaptive_alpha(probability_gap(*(z.log_softmax(-1) for z in ((student, teacher) if 'reverse' in kind else
@@ -312,7 +367,8 @@ def test_written_out_slope_of_jsd_is_that_of_autograd(options):
     teacher, student = logits(6, 9).log_softmax(-1), logits(6, 9, seed=1)
     teacher[0, 2] = student[1, 3] = teacher[2, 4] = student[2, 4] = -INF
     wanted = by_autograd(jsd, teacher, student, **options)
-    for a, b in zip(slope_of(jsd, teacher.clone(), student, **options), wanted): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    found = divergences['jsd'].bind(**options).slope_at(teacher.clone(), student)
+    for a, b in zip(found, wanted): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
 def test_bounds_and_ends_of_the_others():
@@ -360,40 +416,40 @@ def with_gradients(loss: torch.Tensor, p: dict) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (p['hidden'], p['head'].weight, p['head'].bias))]
 
 
-@each_kind
+@each_divergence
 @pytest.mark.parametrize('chunk', [1, 7, 1000, None])
 @pytest.mark.parametrize('temperature', [1.0, 2.5])
-def test_chunked_equals_dense_in_value_and_gradient(kind, options, chunk, temperature):
+def test_chunked_equals_dense_in_value_and_gradient(divergence, chunk, temperature):
     p = problem()
     for vocabulary, count in ((None, None), (11, 40)):
-        more = dict(kind=kind, temperature=temperature, vocabulary=vocabulary, count=count, **options)
+        more = dict(divergence=divergence, temperature=temperature, vocabulary=vocabulary, count=count)
         for a, b in zip(with_gradients(as_chunked(p, chunk=chunk, **more), p), with_gradients(as_dense(p, **more), p)):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
             assert b.any()
 
 
-@each_kind
-def test_gradient_of_chunked_equals_finite_differences(kind, options):
+@each_divergence
+def test_gradient_of_chunked_equals_finite_differences(divergence):
     p = problem(tokens=5, words=4)
     def value(hidden, weight, bias):
-        return as_chunked(p | dict(hidden=hidden, head=Head(weight, bias, 0.7, 4.0)), kind=kind, temperature=1.5, chunk=2, **options)
+        return as_chunked(p | dict(hidden=hidden, head=Head(weight, bias, 0.7, 4.0)), divergence=divergence, temperature=1.5, chunk=2)
     assert torch.autograd.gradcheck(value, (p['hidden'], p['head'].weight, p['head'].bias))
 
 
-@each_kind
-def test_chunked_is_invariant_too(kind, options):
+@each_divergence
+def test_chunked_is_invariant_too(divergence):
     "Order of rows, padding with anything, and 1 x 24 = 4 x 6 = 24 x 1."
     p = problem(tokens=24)
-    whole = with_gradients(as_chunked(p, kind=kind, chunk=5, **options), p)
+    whole = with_gradients(as_chunked(p, divergence=divergence, chunk=5), p)
     def rows(which): return p | {name: p[name][which] for name in ('hidden', 'teacher', 'mask')}
     def same(loss):
         for a, b in zip(with_gradients(loss, p), whole): torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
-    same(as_chunked(rows(torch.randperm(24)), kind=kind, chunk=5, **options))
+    same(as_chunked(rows(torch.randperm(24)), divergence=divergence, chunk=5))
     for size in (1, 6):
-        same(sum(as_chunked(rows(part), kind=kind, count=p['mask'].sum(), **options) for part in torch.arange(24).split(size)))
+        same(sum(as_chunked(rows(part), divergence=divergence, count=p['mask'].sum()) for part in torch.arange(24).split(size)))
     garbage = torch.where(p['mask'][:, None], 0.0, torch.tensor(math.nan))
     dirty = p | dict(hidden=p['hidden'] + garbage, teacher=torch.where(p['mask'][:, None], p['teacher'], INF))
-    value = as_chunked(dirty, kind=kind, **options)
+    value = as_chunked(dirty, divergence=divergence)
     gradient, = torch.autograd.grad(value, p['head'].weight)
     torch.testing.assert_close(value, whole[0]), torch.testing.assert_close(gradient, whole[2])
 
@@ -439,16 +495,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@each_kind
-def test_nothing_of_tokens_times_vocabulary_is_made_or_kept(kind, options):
+@each_divergence
+def test_nothing_of_tokens_times_vocabulary_is_made_or_kept(divergence):
     p, kept = problem(tokens=300, words=120), []
     with Largest() as largest, saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        as_chunked(p, kind=kind, chunk=10, **options).backward()
+        as_chunked(p, divergence=divergence, chunk=10).backward()
     assert largest.size < 300*120/10 and kept and max(kept) <= 300*8
     ids = torch.arange(300*4).view(300, 4) % 120
-    if kind == 'forward_kl':
+    if divergence.name == 'forward_kl':
         with Largest() as largest:
-            sparse_loss(p['hidden'], p['head'], ids, torch.full((300, 4), 0.2), p['mask'], kind, targets='top_k', chunk=10).backward()
+            sparse_loss(p['hidden'], p['head'], ids, torch.full((300, 4), 0.2), p['mask'], divergence, targets='top_k', chunk=10).backward()
         assert largest.size < 300*120/10
 
 
@@ -459,16 +515,16 @@ def test_dense_keeps_one_array_for_the_way_back():
     assert sum(kept) < 1.1*64*50
 
 
-@each_kind
-def test_mixed_precision_comes_near_and_sums_in_32_bits(kind, options):
-    p, near = problem(tokens=64, words=40, dtype=torch.float32), 0.2 if kind == 'total_variation' else 0.05  # that has a kink
-    exact = with_gradients(as_chunked(p, kind=kind, **options), p)
-    with torch.autocast('cpu', torch.bfloat16): loss = as_chunked(p, kind=kind, chunk=9, **options)
+@each_divergence
+def test_mixed_precision_comes_near_and_sums_in_32_bits(divergence):
+    p, near = problem(tokens=64, words=40, dtype=torch.float32), 0.2 if divergence.name == 'total_variation' else 0.05  # that has a kink
+    exact = with_gradients(as_chunked(p, divergence=divergence), p)
+    with torch.autocast('cpu', torch.bfloat16): loss = as_chunked(p, divergence=divergence, chunk=9)
     assert loss.dtype == torch.float32
     for a, b in zip(with_gradients(loss, p), exact):
         assert a.dtype == torch.float32 and (a - b).norm() < near*b.norm()
     half = Head(p['head'].weight.detach().bfloat16().requires_grad_(), p['head'].bias.detach().bfloat16().requires_grad_(), 0.7, 4.0)
-    found = with_gradients(as_chunked(p | dict(head=half), kind=kind, **options), p | dict(head=half))
+    found = with_gradients(as_chunked(p | dict(head=half), divergence=divergence), p | dict(head=half))
     assert found[2].dtype == torch.bfloat16 and (found[2] - exact[2]).norm() < near*exact[2].norm()
 
 
@@ -487,13 +543,13 @@ def test_pieces_of_a_chunk_make_no_difference():
     student, teacher = logits(5, words).requires_grad_(), logits(5, words, seed=1)
     mask, head = torch.tensor([1, 1, 0, 1, 1]).bool(), logits(words, 2, seed=2)
     wanted = 4*skew_kl((teacher/2).log_softmax(-1), (student/2).log_softmax(-1), alpha)[mask].mean()
-    found = dense_loss(student, teacher, mask, 'skew_kl', 2.0, alpha=alpha)
+    found = dense_loss(student, teacher, mask, divergences['skew_kl'].bind(alpha=alpha), 2.0)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (found, wanted)), rtol=1e-9, atol=1e-15)
     hidden = logits(5, 2, seed=3).requires_grad_()
     ids, weights = torch.arange(15).view(5, 3), torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).expand(5, 3)*alpha[:, None]
-    for chunked, dense in ((chunked_loss(hidden, head, teacher[:, :2], head, mask, 'skew_kl', alpha=alpha),
-                            dense_loss(hidden @ head.T, teacher[:, :2] @ head.T, mask, 'skew_kl', alpha=alpha)),
+    for chunked, dense in ((chunked_loss(hidden, head, teacher[:, :2], head, mask, divergences['skew_kl'].bind(alpha=alpha)),
+                            dense_loss(hidden @ head.T, teacher[:, :2] @ head.T, mask, divergences['skew_kl'].bind(alpha=alpha))),
                            (sparse_loss(hidden, head, ids, weights, mask, targets='sampled'),
                             -(weights*(hidden @ head.T).log_softmax(-1)[:, :15].gather(1, ids))[mask].sum(-1).mean())):
         torch.testing.assert_close(chunked, dense, rtol=1e-12, atol=0)
@@ -503,25 +559,28 @@ def test_pieces_of_a_chunk_make_no_difference():
 @pytest.mark.parametrize('tokens', [0, 6])
 def test_chunked_without_loss_tokens_is_zero_with_a_zero_gradient(tokens):
     p = problem(tokens=tokens) | dict(mask=torch.zeros(tokens, dtype=torch.bool))
-    for value in with_gradients(as_chunked(p, kind='jsd'), p): assert not value.any()
+    for value in with_gradients(as_chunked(p, divergence='jsd'), p): assert not value.any()
     ids, weights = torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3)
     for value in with_gradients(sparse_loss(p['hidden'], p['head'], ids, weights, p['mask'], targets='sampled'), p): assert not value.any()
 
 
 def test_an_option_may_differ_from_token_to_token():
     p, alpha = problem(), torch.linspace(0.05, 0.9, 23, dtype=torch.float64)
-    apart = [as_chunked(p | dict(mask=torch.arange(23) == n), kind='skew_kl', alpha=alpha[n].item()) for n in p['mask'].nonzero()[:, 0]]
-    for loss in (as_chunked(p, kind='skew_kl', alpha=alpha, chunk=4), as_dense(p, kind='skew_kl', alpha=alpha)):
+    apart = [as_chunked(p | dict(mask=torch.arange(23) == n), divergence=f'skew_kl alpha={alpha[n].item()}')
+             for n in p['mask'].nonzero()[:, 0]]
+    each = divergences['skew_kl'].bind(alpha=alpha)
+    for loss in (as_chunked(p, divergence=each, chunk=4), as_dense(p, divergence=each)):
         torch.testing.assert_close(loss, sum(apart)/len(apart))
 
 
 def test_infinite_logits_from_a_bias_are_numbers():
     p = problem()
-    for kind in divergences:
+    for divergence in divergences.values():
         bias = p['head'].bias.detach().clone()
         bias[3] = -INF
         head = Head(p['head'].weight, bias.requires_grad_())
-        for value in with_gradients(as_chunked(p | dict(head=head), kind=kind), p | dict(head=head)): assert value.isfinite().all()
+        infinite = p | dict(head=head)
+        for value in with_gradients(as_chunked(infinite, divergence=divergence), infinite): assert value.isfinite().all()
     for targets in ('sampled', 'top_k'):
         loss = as_sparse(p | dict(head=head), torch.arange(2, 5).expand(23, 3), torch.full((23, 3), 0.3), targets)
         for value in with_gradients(loss, p | dict(head=head)): assert value.isfinite().all()
@@ -579,12 +638,12 @@ def test_sampled_targets_have_no_bias():
     assert 0.7 < z.square().mean() < 1.4
 
 
-@pytest.mark.parametrize(('kind', 'options'), [('forward_kl', {}), ('skew_kl', {}), ('skew_kl', dict(alpha=0.4))], ids=str)
-def test_all_words_kept_is_the_whole_teacher(kind, options):
+@pytest.mark.parametrize('divergence', ['forward_kl', 'skew_kl', 'skew_kl alpha=0.4'])
+def test_all_words_kept_is_the_whole_teacher(divergence):
     p = problem()
     top = truth(p, 2.0).exp().topk(17)
-    for a, b in zip(with_gradients(as_sparse(p, *top[::-1], 'top_k', kind=kind, temperature=2.0, chunk=5, **options), p),
-                    with_gradients(as_dense(p, kind=kind, temperature=2.0, **options), p)):
+    for a, b in zip(with_gradients(as_sparse(p, *top[::-1], 'top_k', divergence=divergence, temperature=2.0, chunk=5), p),
+                    with_gradients(as_dense(p, divergence=divergence, temperature=2.0), p)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
@@ -598,9 +657,9 @@ def test_top_words_with_a_tail_are_a_divergence_of_their_own(kind):
         p_tail, q_kept = 1 - top.values.sum(-1, keepdim=True), student.exp().gather(-1, top.indices)
         by_hand = divergences[kind](torch.cat([top.values, p_tail], -1).log(),
                                     torch.cat([q_kept, 1 - q_kept.sum(-1, keepdim=True)], -1).log())[p['mask']].mean()
-        values.append(as_sparse(p, top.indices, top.values, 'top_k', kind=kind))
+        values.append(as_sparse(p, top.indices, top.values, 'top_k', divergence=kind))
         torch.testing.assert_close(values[-1], by_hand)
-    assert 0 < values[0] < values[1] < values[2] <= as_dense(p, kind=kind) + 1e-12
+    assert 0 < values[0] < values[1] < values[2] <= as_dense(p, divergence=kind) + 1e-12
 
 
 def test_probabilities_of_16_bits_that_exceed_1_are_no_negative_tail():
@@ -633,11 +692,11 @@ def test_ids_may_be_as_a_cache_holds_them(dtype):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(kind='reverse_kl', targets='sampled'), 'cannot be had from sampled targets, because draws tell .* choose forward_kl'),
-    (dict(kind='skew_kl', targets='sampled'), 'cannot be had from sampled'),
-    *((dict(kind=kind), 'cannot be had from top_k targets, because .* choose forward_kl or skew_kl')
+    (dict(divergence='reverse_kl', targets='sampled'), 'cannot be had from sampled targets, because draws tell .* choose forward_kl'),
+    (dict(divergence='skew_kl', targets='sampled'), 'cannot be had from sampled'),
+    *((dict(divergence=kind), 'cannot be had from top_k targets, because .* choose forward_kl or skew_kl')
       for kind in divergences if kind not in ('forward_kl', 'skew_kl')),
-    (dict(kind='kl'), 'no known divergence'),
+    (dict(divergence='kl'), 'no known divergence'),
     (dict(targets='all'), 'choose one of sampled, top_k'),
     (dict(ids=torch.full((23, 2), 17)), 'ids up to 17, and the student knows 17'),
     (dict(ids=torch.full((23, 2), -1)), 'another vocabulary'),

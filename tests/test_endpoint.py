@@ -413,3 +413,54 @@ def test_a_server_that_dies_is_named_and_its_successor_goes_on(server, folder, t
     with Serve(folder) as successor:  # at another port
         answers, usage = ask(successor.endpoint, FORTY, 48, file=file)
         assert usage.kept == len(kept) and successor.requests == 40 - len(kept) and answers == whole
+
+
+# --- as the teacher of a run ----------------------------------------------------------------------------------------------------------
+
+THINGS = ('iron', 'salt', 'water', 'glass', 'wood', 'copper')
+SCIENCE = [dict(id=f'p{n}', title=f'The heat of {thing} in air number {n}', lang='en', topics=[], keywords=[],
+                text=f'We measure the heat of {thing} in air. The flow of heat through {thing} grows with light. We show that {thing} '
+                     f'carries heat as waves do.') for n in range(6) for thing in THINGS[n % 6:n % 6 + 3]]
+STEPS = dict(steps=2, batch_size=2, context=200, learning_rate=1e-3, probe_every=0)
+
+
+def test_a_server_teaches_a_run_from_its_address_on(server, tmp_path, capsys):
+    "Loaded, looked at, asked for answers, and learnt from; it tells no probabilities, so that its answers alone are learnt."
+    from scilm_adapt import distill, instruct, models, preflight
+    from scilm_adapt.papers import Corpus
+    from scilm_adapt.remote import load_teacher, local_model
+    from scilm_adapt.runs import Run
+    papers = [paper | dict(id=f"{paper['id']}-{n}") for n, paper in enumerate(SCIENCE)]
+    (tmp_path/'corpus').mkdir()
+    corpus = Corpus(dict(train=papers[:12], valid=papers[12:15], test=papers[15:]), dict(train=[], valid=[], test=[]), tmp_path/'corpus')
+    far, run = load_teacher(f'{server.endpoint.url}#model'), Run(tmp_path/'run')
+    assert far.model == 'model' and local_model(far) is None and 'is a server: it is asked' in capsys.readouterr().out
+    student = models.build(load(server.log.parent/'model', 'cpu').tokenizer, hidden=32, layers=1, context=256, name='student')
+    lines = preflight.preflight(student, far, context=200, fix=True)
+    assert all(line['teacher'] == '' for line in lines)
+    asked = [dict(paper_id=str(n), kind='fact', lang='en', author='paper', reference=text,
+                  messages=[*question(ask), dict(role='assistant', content=text)]) for n, (ask, text) in enumerate(FACTS.items())]
+    answers = instruct.ask_teacher(far, asked, 200)
+    assert {chat['author'] for chat in answers} == {'teacher'}
+    (tmp_path/'chats').mkdir()
+    chats = instruct.Chats(answers, asked[:3], asked[:3], tmp_path/'chats')
+    capsys.readouterr()
+    distilled = distill.train(run, student, far, chats, corpus, **STEPS)
+    said, folder = capsys.readouterr().out, run.folder/'models'/'distilled'
+    assert 'a server cannot tell jsd: the divergence is forward_kl' in said and 'its answers alone are learnt' in said
+    history = json.loads((folder/'history.json').read_text())
+    assert len(history) == 2 and {'answers', 'retention'} <= history[0].keys() and 'distil' not in history[0]
+    config = json.loads((folder/'manifest.json').read_text())['config']
+    assert config['server'] == [server.endpoint.url, 'model'] and config['teacher'] is None
+    assert config['divergence'] == dict(name='forward_kl')
+    alone = distill.train(Run(tmp_path/'alone'), student, None, chats, corpus, **STEPS, divergence_weight=0.0)
+    hashes = [models.weights_hash(lm.model) for lm in (alone, distilled, student)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    before = server.requests
+    distill.train(run, student, f'{server.endpoint.url}#model', chats, corpus, **STEPS)
+    assert 'distilled: already done' in capsys.readouterr().out and server.requests == before
+    for wrong, message in ((dict(divergence='forward_kl'), 'gives no probabilities of words'),
+                           (dict(answer_weight=0.0), 'set answer_weight to more than 0'),
+                           (dict(divergence='jsd'), "'jsd' cannot be had from a server"), (dict(temperature=2.0), 'set it to 1'),
+                           (dict(shift=0.5), 'a server cannot be shifted'), (dict(on_policy=dict(share=0.5)), 'on_policy.share is 0.5')):
+        with pytest.raises(InputError, match=message): distill.train(Run(tmp_path/'x'), student, far, chats, corpus, **STEPS | wrong)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, LlamaForCausalLM
 from world import BABBLE, FAMILIES, LEAKING, PACKING, PLAIN, conversation, of_family
 
-from scilm_adapt import contrast, distill
+from scilm_adapt import contrast, distill, recipe
 from scilm_adapt.alignment import PLAIN as TEMPLATE
 from scilm_adapt.decoding import DECODERS, reads_on
 from scilm_adapt.divergence import head_of
@@ -244,18 +244,17 @@ def test_both_stages_train_a_leaking_model_on_one_document_a_row(tmp_path, name,
     chats = Chats([conversation(n) for n in range(8)], [conversation(n) for n in range(8, 10)], [], tmp_path/'chats')
     def note(module, given, named):
         if module.training: rows.extend(ids[mask.bool()].tolist() for ids, mask in zip(named['input_ids'], named['attention_mask']))
-    fitted = contrast.fit
+    fitted = recipe.fit
     def watched(model, *given, **named):
         handle = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
         try: return fitted(model, *given, **named)
         finally: handle.remove()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contrast, 'fit', watched)
-        patch.setattr(distill, 'fit', watched)
-        first = contrast.train(Run(tmp_path/'run'), lm, corpus, steps=2, batch_size=2, context=40, learning_rate=1e-3, pairs_weight=0.0)
+        patch.setattr(recipe, 'fit', watched)
+        first = contrast.train(Run(tmp_path/'run'), lm, corpus, steps=2, batch_size=2, context=40, learning_rate=1e-3)
         texts = {tuple(encode_document(TOKENIZER, document(paper))) for paper in PAPERS}
         assert rows and all(any(row == list(text)[at:at + len(row)] for text in texts for at in range(len(text))) for row in rows)
-        settings = dict(steps=2, batch_size=2, context=64, learning_rate=1e-3, watch=0)
+        settings = dict(steps=2, batch_size=2, context=64, learning_rate=1e-3, probe_every=0)
         second = distill.train(Run(tmp_path/'run'), first, lm, chats, corpus, **settings)
     assert 'ignores restarted positions: one document a row' in capsys.readouterr().out
     documents = [encode_document(TOKENIZER, document(paper)) for paper in PAPERS]

@@ -169,7 +169,7 @@ def test_another_tokenizer_is_looked_at_in_another_way(student, stranger, capsys
     found = {line['check']: line for line in lines}
     assert list(found) == ['vocabulary', 'control tokens', 'end of text, padding', 'an example', 'prompt', 'end of turn',
                            'keeps all bytes', 'tokens in common', 'context', *FAMILY, 'memory']
-    common = len(common_tokens(student.tokenizer, stranger.tokenizer).own)
+    common = len(common_tokens(student.tokenizer, stranger.tokenizer).student)
     assert found['tokens in common']['student'] == f'{common/len(student.tokenizer.get_vocab()):.0%}'
     assert found['tokens in common']['teacher'] == f'{common/len(stranger.tokenizer.get_vocab()):.0%}'
     assert 'byte by byte (alignment.AlignedTeacher)' in capsys.readouterr().out

@@ -22,18 +22,18 @@ torch.set_num_threads(1)
 # Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way. AdamW divides a
 # gradient by its size plus 1e-8, which in 64 bits is far above rounding; in 32 bits it is plain descent that can be compared.
 CASES = dict(
-    even=dict(rows=4, papers=4, micro_batch=None, bits=64, kind='forward_kl'),
-    micro_batches=dict(rows=8, papers=4, micro_batch=1, bits=64, kind='jsd'),
-    a_row_too_few_and_a_process_without_papers=dict(rows=5, papers=1, micro_batch=2, bits=64, kind='reverse_kl'),
-    in_32_bits=dict(rows=5, papers=3, micro_batch=2, bits=32, kind='forward_kl', plain=True),
-    shared_weights=dict(rows=6, papers=3, micro_batch=2, bits=64, kind='jsd', shared=True),
-    shared_weights_of_a_layer=dict(rows=5, papers=3, micro_batch=None, bits=64, kind='forward_kl', shared=True))
+    even=dict(rows=4, papers=4, micro_batch=None, bits=64, divergence='forward_kl'),
+    micro_batches=dict(rows=8, papers=4, micro_batch=1, bits=64, divergence='jsd'),
+    a_row_too_few_and_a_process_without_papers=dict(rows=5, papers=1, micro_batch=2, bits=64, divergence='reverse_kl'),
+    in_32_bits=dict(rows=5, papers=3, micro_batch=2, bits=32, divergence='forward_kl', plain=True),
+    shared_weights=dict(rows=6, papers=3, micro_batch=2, bits=64, divergence='jsd', shared=True),
+    shared_weights_of_a_layer=dict(rows=5, papers=3, micro_batch=None, bits=64, divergence='forward_kl', shared=True))
 
 
 def sentence(seed: int, words: int) -> str: return ' '.join(rng('sentence', seed).choice(WORDS, words)).capitalize() + '.'
 
 
-def world(rows: int, papers: int, bits: int, kind: str, **_):
+def world(rows: int, papers: int, bits: int, divergence: str, **_):
     "A fresh student, its batches and its loss: the same in every process. Answers differ much in length."
     tokenizer = train_tokenizer([sentence(n, 12) for n in range(40)], 400)
     student, teacher = (build(tokenizer, hidden=hidden, layers=2, heads=2, context=64, seed=hidden) for hidden in (32, 48))
@@ -42,7 +42,7 @@ def world(rows: int, papers: int, bits: int, kind: str, **_):
     encoded = [encode_chat(tokenizer, [dict(role='user', content=one), dict(role='assistant', content=other)]) for one, other in asked]
     conversations = pack([ids for ids, _ in encoded], 48, [mask for _, mask in encoded])
     science = pack([encode_document(tokenizer, sentence(n + 100, 12)) for n in range(24)], 48)
-    loss = distil_loss(LiveTeacher(teacher), kind, retention_weight=0.5, answer_weight=0.3)
+    loss = distil_loss(LiveTeacher(teacher), divergence, retention_weight=0.5, answer_weight=0.3)
     return student, batch_maker(conversations, science, rows, papers, seed=0), loss
 
 

@@ -12,12 +12,17 @@ import torch
 from world import completion, listening
 
 from scilm_adapt.alignment import token_bytes
+from scilm_adapt.distill import train
 from scilm_adapt.divergence import head_of
 from scilm_adapt.endpoint import Endpoint, Word, chat_request, heard
 from scilm_adapt.errors import InputError
+from scilm_adapt.files import read_json
 from scilm_adapt.generate import chat_prompt, respond
-from scilm_adapt.models import LanguageModel, hidden_states, load, tiny
-from scilm_adapt.remote import kept_words, lay, lexicon, met, remote_targets
+from scilm_adapt.instruct import Chats
+from scilm_adapt.models import LanguageModel, hidden_states, load, tiny, weights_hash
+from scilm_adapt.papers import Corpus
+from scilm_adapt.remote import align_answer, kept_words, lexicon, match_ids, remote_targets
+from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, addresses, build_cache, open_cache
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, target_states
@@ -90,9 +95,9 @@ def batch_of(packed) -> dict:
     return packed.batch(rows) | dict(address=addresses(packed)(rows))
 
 
-def loss_of(cache, student, batch, kind='forward_kl') -> torch.Tensor:
+def loss_of(cache, student, batch, divergence='forward_kl') -> torch.Tensor:
     states, _ = target_states(hidden_states(student.model, batch), batch)
-    return cache.loss(batch, states, head_of(student.model), kind)
+    return cache.loss(batch, states, head_of(student.model), divergence)
 
 
 # --- equal to the model at hand ---------------------------------------------------------------------------------------------------
@@ -112,12 +117,12 @@ def test_targets_are_those_of_the_model_itself(style, by_number, teacher, studen
     assert len(records) == remote.packed.learnt.sum() >= 0.9*sum(len(a.ids) for a in local)
     certain = (written == lexicon(student.tokenizer).end).numpy() & (style == 'openai')  # where it does not tell the end
     assert (records['weights'][certain][:, 0] == 1).all()
-    found = near.gather(-1, torch.from_numpy(records['words'].astype(np.int64))).numpy()
+    found = near.gather(-1, torch.from_numpy(records['token_ids'].astype(np.int64))).numpy()
     used = (records['weights'] > 0) & ~certain[:, None]
     np.testing.assert_allclose(records['weights'][used], found[used], rtol=2e-3, atol=1e-6)
     best = near.topk(8).indices.numpy()
     if style == 'llama.cpp' or by_number:
-        assert (np.sort(records['words'], 1) == np.sort(best, 1)).mean() > 0.99 and used.all(), 'and nothing is lost'
+        assert (np.sort(records['token_ids'], 1) == np.sort(best, 1)).mean() > 0.99 and used.all(), 'and nothing is lost'
         live = build_cache(tmp_path/'near', LiveTeacher(teacher), remote.packed, 8, 'top_k')
         for kind in ('forward_kl', 'skew_kl'):
             far, nearby = (loss_of(cache, student, batch, kind) for cache in (remote.cache, live))
@@ -227,10 +232,10 @@ def word(text: str, logprob: float = -0.1, **more) -> Word: return Word(text, lo
 def test_other_cuts_are_left_out_and_the_tail_takes_unknown_words():
     ids = TOKENIZER('heat moves')['input_ids']
     cuts = [WORDS.pieces[i].decode() for i in ids]
-    whole = lay('heat moves', [(word(cut), []) for cut in cuts], False, WORDS)
-    assert met(ids, whole, 'heat moves', WORDS) == list(range(len(ids)))
-    split = lay('heat moves', [(word(part), []) for part in (cuts[0][:1], cuts[0][1:], *cuts[1:])], False, WORDS)
-    assert met(ids, split, 'heat moves', WORDS) == [None, *range(2, len(ids) + 1)]
+    whole = align_answer('heat moves', [(word(cut), []) for cut in cuts], False, WORDS)
+    assert match_ids(ids, whole, 'heat moves', WORDS) == list(range(len(ids)))
+    split = align_answer('heat moves', [(word(part), []) for part in (cuts[0][:1], cuts[0][1:], *cuts[1:])], False, WORDS)
+    assert match_ids(ids, split, 'heat moves', WORDS) == [None, *range(2, len(ids) + 1)]
     place = word(cuts[0], -1.0), [word(cuts[0], -1.0), word(' quark', -0.9), word('<|im_end|>', -2.0)]
     kept, weights = kept_words(place, 4, WORDS, False, set())
     assert kept == [ids[0], WORDS.end, ids[0], ids[0]] and np.allclose(weights, [np.exp(-1), np.exp(-2), 0, 0])
@@ -239,31 +244,31 @@ def test_other_cuts_are_left_out_and_the_tail_takes_unknown_words():
 
 def test_white_space_around_is_no_part_of_the_answer_and_any_last_word_ends_it():
     said = [(word(text), []) for text in ('\n ', ' heat', '\n')]
-    assert lay('heat', said, True, WORDS).edges.tolist() == [[0, 0], [0, 4], [4, 5]]
+    assert align_answer('heat', said, True, WORDS).edges.tolist() == [[0, 0], [0, 4], [4, 5]]
     for ending in (word('<|eot_id|>'), Word('', -0.1, b''), Word('</s>', -0.1, None)):
-        laid = lay('heat', [*said, (ending, [])], True, WORDS)
-        assert laid.closing[0] == ending and len(laid.said) == 3
-        assert kept_words(laid.closing, 1, WORDS, False, set(), closing=True)[0] == [WORDS.end]
-    assert lay('heat', said, True, WORDS).closing is None
-    assert lay('heat', [*said, (word('<|eot_id|>'), [])], False, WORDS) is None  # a truncated answer has no such word
-    assert lay('heats', said, True, WORDS) is None and lay('heat', [], True, WORDS) is None
+        aligned = align_answer('heat', [*said, (ending, [])], True, WORDS)
+        assert aligned.closing[0] == ending and len(aligned.said) == 3
+        assert kept_words(aligned.closing, 1, WORDS, False, set(), closing=True)[0] == [WORDS.end]
+    assert align_answer('heat', said, True, WORDS).closing is None
+    assert align_answer('heat', [*said, (word('<|eot_id|>'), [])], False, WORDS) is None  # a truncated answer has no such word
+    assert align_answer('heats', said, True, WORDS) is None and align_answer('heat', [], True, WORDS) is None
 
 
 def test_numbers_are_taken_only_if_they_spell_the_answer():
     ids = TOKENIZER('wave')['input_ids']
     right = [(Word(f'token_id:{i}', -0.1, None, i), []) for i in ids]
-    assert lay('wave', right, False, WORDS).numbered
+    assert align_answer('wave', right, False, WORDS).numbered
     shifted = [(Word(WORDS.pieces[i].decode(), -0.1, WORDS.pieces[i], i + 1), []) for i in ids]
-    laid = lay('wave', shifted, False, WORDS)
-    assert not laid.numbered and met(ids, laid, 'wave', WORDS) == list(range(len(ids)))
-    assert lay('wave', [(Word(f'token_id:{i + 1}', -0.1, None, i + 1), []) for i in ids], False, WORDS) is None
+    aligned = align_answer('wave', shifted, False, WORDS)
+    assert not aligned.numbered and match_ids(ids, aligned, 'wave', WORDS) == list(range(len(ids)))
+    assert align_answer('wave', [(Word(f'token_id:{i + 1}', -0.1, None, i + 1), []) for i in ids], False, WORDS) is None
 
 
 @pytest.mark.parametrize('text', ['Тепло — движение, 🌊!', 'x² ≠ naïve'])
 def test_half_letters_are_met_by_their_bytes(text):
     ids = TOKENIZER(text)['input_ids']
-    laid = lay(text, [(Word('\ufffd', -0.1, WORDS.pieces[i]), []) for i in ids], False, WORDS)
-    assert met(ids, laid, text, WORDS) == list(range(len(ids)))
+    aligned = align_answer(text, [(Word('\ufffd', -0.1, WORDS.pieces[i]), []) for i in ids], False, WORDS)
+    assert match_ids(ids, aligned, text, WORDS) == list(range(len(ids)))
 
 
 def test_what_a_server_tells_is_read_in_three_forms():
@@ -299,5 +304,27 @@ def test_a_server_with_other_names_of_the_end_is_understood(tmp_path):
     near = LiveTeacher(lm).targets(batch).softmax(-1)[:, end]
     assert (written == end).sum() == 2
     for line, i, share in zip(records, written.tolist(), near.tolist()):
-        here = line['weights'][line['words'] == end].sum()
+        here = line['weights'][line['token_ids'] == end].sum()
         if i == end: assert abs(here - share) < 2e-3
+
+
+# --- as the teacher of a run ------------------------------------------------------------------------------------------------------------
+
+def test_a_server_that_tells_probabilities_teaches_a_run_by_them(teacher, student, tmp_path, capsys):
+    "From its address on, with the divergence that it can tell; the second time nothing is asked."
+    records = [dict(id=str(n), title='On sets', text=text) for n, text in enumerate(PASSAGES)]
+    for name in ('corpus', 'chats'): (tmp_path/name).mkdir()
+    corpus = Corpus(dict(train=records, valid=records, test=records), dict(valid=[]), tmp_path/'corpus')
+    chats, run = Chats(CHATS, CHATS[:2], CHATS[:2], tmp_path/'chats'), Run(tmp_path/'run')
+    steps = dict(steps=2, batch_size=2, context=128, learning_rate=1e-3, probe_every=0)
+    with Server(teacher) as server:
+        address = f'{server.endpoint.url}#m'
+        distilled = train(run, student, address, chats, corpus, **steps)
+        asked, said = len(server.asked), capsys.readouterr().out
+        assert 'a server cannot tell jsd: the divergence is forward_kl' in said and 'targets from m' in said
+        again = train(run, student, address, chats, corpus, **steps)
+        assert len(server.asked) == asked and weights_hash(again.model) == weights_hash(distilled.model) != weights_hash(student.model)
+    with Server(teacher, 'silent') as server, pytest.raises(InputError, match='gives no probabilities'):
+        train(Run(tmp_path/'other'), student, f'{server.endpoint.url}#m', chats, corpus, **steps, divergence='forward_kl')
+    history = read_json(run.folder/'models'/'distilled'/'history.json')
+    assert history[0]['distil'] > 0 and read_json(run.folder/'models'/'distilled'/'manifest.json')['config']['server'][1] == 'm'

@@ -9,7 +9,7 @@ import torch
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, next_probabilities, respond, stop_ids, to_answer
 from scilm_adapt.models import LanguageModel, build, load, logits_of, save
-from scilm_adapt.task_arithmetic import chat_vector, proxy_nats, proxy_respond, summands
+from scilm_adapt.task_arithmetic import chat_vector, proxy_nats, proxy_respond
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
 from scilm_adapt.tokens import CHATML, TURN_END, TURN_START, encode_chat, train_tokenizer
 from scilm_adapt.training import document_nats
@@ -157,107 +157,107 @@ def test_what_does_not_matter_may_differ_and_a_strength_is_a_number():
 # --- proxy tuning -----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
-def guide() -> ShiftedTeacher:
+def shifted() -> ShiftedTeacher:
     large, science = untied(lm_of(0, hidden=64, name='large')), untied(lm_of(1, name='science'))
     return ShiftedTeacher(LiveTeacher(large), science, lm_of(2, 'gpt2', name='base'), 0.7)
 
 
-def prompts_of(guide) -> list[list[int]]:
-    return [chat_prompt(guide.lm, [dict(role='user', content=text)]) for text in QUESTIONS]
+def prompts_of(shifted) -> list[list[int]]:
+    return [chat_prompt(shifted.lm, [dict(role='user', content=text)]) for text in QUESTIONS]
 
 
 @torch.no_grad()
-def naive(guide: ShiftedTeacher, prompt: list[int], steps: int, temperature: float = 0.0, numbers=None, top_p: float = 1.0) -> list[int]:
+def naive(shifted: ShiftedTeacher, prompt: list[int], steps: int, temperature: float = 0.0, numbers=None, top_p: float = 1.0) -> list[int]:
     "One text at a time, read anew for every word, the sum written out."
     ids = list(prompt)
     for step in range(steps):
-        z = [lm.model(torch.tensor([ids])).logits[0, -1].double() for lm in (guide.lm, guide.contrast, guide.base)]
-        z = z[0] + guide.alpha*(z[1] - z[2])
+        z = [lm.model(torch.tensor([ids])).logits[0, -1].double() for lm in (shifted.lm, shifted.adapted, shifted.base)]
+        z = z[0] + shifted.alpha*(z[1] - z[2])
         if temperature: ids.append(int(torch.searchsorted(next_probabilities(z, temperature, top_p).cumsum(0), numbers[step], right=True)))
         else: ids.append(int(z.argmax()))
-        if ids[-1] in halt_ids(guide.lm): break
+        if ids[-1] in halt_ids(shifted.lm): break
     return ids[len(prompt):]
 
 
-def test_greedy_answers_are_those_of_the_naive_sum(guide):
-    answers = proxy_respond(guide, prompts_of(guide), 24)
-    wanted = [naive(guide, prompt, 24) for prompt in prompts_of(guide)]
+def test_greedy_answers_are_those_of_the_naive_sum(shifted):
+    answers = proxy_respond(shifted, prompts_of(shifted), 24)
+    wanted = [naive(shifted, prompt, 24) for prompt in prompts_of(shifted)]
     assert [answer.ids for answer in answers] == wanted
-    assert answers == [to_answer(guide.lm, ids, halt_ids(guide.lm), stop_ids(guide.lm)) for ids in wanted]
-    assert len(set(sum(wanted, []))) > 20 and wanted != [answer.ids for answer in respond(guide.lm, prompts_of(guide), 24)]
+    assert answers == [to_answer(shifted.lm, ids, halt_ids(shifted.lm), stop_ids(shifted.lm)) for ids in wanted]
+    assert len(set(sum(wanted, []))) > 20 and wanted != [answer.ids for answer in respond(shifted.lm, prompts_of(shifted), 24)]
 
 
 @pytest.mark.parametrize('top_p', [1.0, 0.8])
-def test_answers_drawn_by_chance_are_those_of_the_naive_sum(guide, top_p):
+def test_answers_drawn_by_chance_are_those_of_the_naive_sum(shifted, top_p):
     from scilm_adapt.runs import rng
-    answers = proxy_respond(guide, prompts_of(guide), 16, temperature=0.9, top_p=top_p, seed=3)
-    for n, prompt in enumerate(prompts_of(guide)):
-        assert answers[n].ids == naive(guide, prompt, 16, 0.9, rng('proxy', 3, n).random(16), top_p)
+    answers = proxy_respond(shifted, prompts_of(shifted), 16, temperature=0.9, top_p=top_p, seed=3)
+    for n, prompt in enumerate(prompts_of(shifted)):
+        assert answers[n].ids == naive(shifted, prompt, 16, 0.9, rng('proxy', 3, n).random(16), top_p)
 
 
-def test_neighbours_change_nothing_and_the_seed_everything(guide):
+def test_neighbours_change_nothing_and_the_seed_everything(shifted):
     for temperature in (0.0, 1.0):
-        runs = [proxy_respond(guide, prompts_of(guide), 16, temperature, seed=1, batch_size=size) for size in (1, 3, 16)]
+        runs = [proxy_respond(shifted, prompts_of(shifted), 16, temperature, seed=1, batch_size=size) for size in (1, 3, 16)]
         assert runs[0] == runs[1] == runs[2]
-    assert runs[0] != proxy_respond(guide, prompts_of(guide), 16, 1.0, seed=2)
-    assert proxy_respond(guide, [], 16) == []
+    assert runs[0] != proxy_respond(shifted, prompts_of(shifted), 16, 1.0, seed=2)
+    assert proxy_respond(shifted, [], 16) == []
 
 
-def test_without_shift_it_is_the_large_model(guide):
-    still = replace(guide, alpha=0.0)
-    assert proxy_respond(still, prompts_of(guide), 24) == respond(guide.lm, prompts_of(guide), 24)
-    assert proxy_respond(LiveTeacher(guide.lm), prompts_of(guide), 24) == respond(guide.lm, prompts_of(guide), 24)
+def test_without_shift_it_is_the_large_model(shifted):
+    still = replace(shifted, alpha=0.0)
+    assert proxy_respond(still, prompts_of(shifted), 24) == respond(shifted.lm, prompts_of(shifted), 24)
+    assert proxy_respond(LiveTeacher(shifted.lm), prompts_of(shifted), 24) == respond(shifted.lm, prompts_of(shifted), 24)
 
 
-def test_words_drawn_follow_the_shifted_distribution(guide):
-    prompt = prompts_of(guide)[0]
-    first = [answer.ids[0] for answer in proxy_respond(guide, [prompt]*1500, 1, temperature=0.2, batch_size=500)]
-    with torch.no_grad(): z = [lm.model(torch.tensor([prompt])).logits[0, -1] for lm in (guide.lm, guide.contrast, guide.base)]
-    wanted = ((z[0] + guide.alpha*(z[1] - z[2]))/0.2).softmax(-1)
+def test_words_drawn_follow_the_shifted_distribution(shifted):
+    prompt = prompts_of(shifted)[0]
+    first = [answer.ids[0] for answer in proxy_respond(shifted, [prompt]*1500, 1, temperature=0.2, batch_size=500)]
+    with torch.no_grad(): z = [lm.model(torch.tensor([prompt])).logits[0, -1] for lm in (shifted.lm, shifted.adapted, shifted.base)]
+    wanted = ((z[0] + shifted.alpha*(z[1] - z[2]))/0.2).softmax(-1)
     seen = torch.bincount(torch.tensor(first), minlength=len(wanted))/len(first)
     assert (seen - wanted).abs().sum()/2 < 0.12
 
 
-def test_a_shifted_teacher_may_be_shifted_again(guide):
-    twice = ShiftedTeacher(guide, lm_of(7), lm_of(8), -0.3)
-    assert [round(weight, 3) for _, weight in summands(twice)] == [1.0, 0.7, -0.7, -0.3, 0.3]
-    prompt = prompts_of(guide)[1]
-    with torch.no_grad(): z = sum(weight*lm.model(torch.tensor([prompt])).logits[0, -1] for lm, weight in summands(twice))
+def test_a_shifted_teacher_may_be_shifted_again(shifted):
+    twice = ShiftedTeacher(shifted, lm_of(7), lm_of(8), -0.3)
+    assert [round(weight, 3) for _, weight in twice.summands()] == [1.0, 0.7, -0.7, -0.3, 0.3]
+    prompt = prompts_of(shifted)[1]
+    with torch.no_grad(): z = sum(weight*lm.model(torch.tensor([prompt])).logits[0, -1] for lm, weight in twice.summands())
     assert proxy_respond(twice, [prompt], 1)[0].ids == [int(z.argmax())]
 
 
-def test_a_padded_head_is_cut_and_settings_come_back(guide):
-    padded = copy.deepcopy(guide.lm.model)
+def test_a_padded_head_is_cut_and_settings_come_back(shifted):
+    padded = copy.deepcopy(shifted.lm.model)
     padded.resize_token_embeddings(len(TOKENIZER) + 8, mean_resizing=False)
     with torch.no_grad(): padded.get_output_embeddings().weight[len(TOKENIZER):] = 100*padded.get_output_embeddings().weight[5]
     padded.train()
     padded.generation_config.temperature = 0.3
-    wide = replace(guide, teacher=LiveTeacher(replace(guide.lm, model=padded)))
-    assert proxy_respond(wide, prompts_of(guide), 12) == proxy_respond(guide, prompts_of(guide), 12)
+    wide = replace(shifted, teacher=LiveTeacher(replace(shifted.lm, model=padded)))
+    assert proxy_respond(wide, prompts_of(shifted), 12) == proxy_respond(shifted, prompts_of(shifted), 12)
     assert padded.training and padded.generation_config.temperature == 0.3
 
 
-def test_what_cannot_be_answered_is_said(guide):
-    with pytest.raises(InputError, match='exceed the 256'): proxy_respond(guide, prompts_of(guide), 250)
-    with pytest.raises(InputError, match='alpha changes'): proxy_respond(replace(guide, alpha=lambda step: 0.5), prompts_of(guide), 4)
-    with pytest.raises(InputError, match='alpha is inf'): proxy_respond(replace(guide, alpha=float('inf')), prompts_of(guide), 4)
-    with pytest.raises(InputError, match='temperature is -1'): proxy_respond(guide, prompts_of(guide), 4, temperature=-1)
-    broken = copy.deepcopy(guide.contrast.model)
+def test_what_cannot_be_answered_is_said(shifted):
+    with pytest.raises(InputError, match='exceed the 256'): proxy_respond(shifted, prompts_of(shifted), 250)
+    with pytest.raises(InputError, match='alpha changes'): proxy_respond(replace(shifted, alpha=lambda step: 0.5), prompts_of(shifted), 4)
+    with pytest.raises(InputError, match='alpha is inf'): proxy_respond(replace(shifted, alpha=float('inf')), prompts_of(shifted), 4)
+    with pytest.raises(InputError, match='temperature is -1'): proxy_respond(shifted, prompts_of(shifted), 4, temperature=-1)
+    broken = copy.deepcopy(shifted.adapted.model)
     with torch.no_grad(): next(broken.parameters())[:] = float('nan')
     with pytest.raises(FloatingPointError, match="'science'"):
-        proxy_respond(replace(guide, contrast=replace(guide.contrast, model=broken)), prompts_of(guide), 4)
+        proxy_respond(replace(shifted, adapted=replace(shifted.adapted, model=broken)), prompts_of(shifted), 4)
 
 
 @torch.no_grad()
-def test_nats_are_those_of_the_naive_sum(guide):
+def test_nats_are_those_of_the_naive_sum(shifted):
     pairs = [encode_chat(TOKENIZER, [dict(role='user', content=q), dict(role='assistant', content=q[::-1])]) for q in QUESTIONS]
     ids, masks = ([pair[n] for pair in pairs] for n in (0, 1))
     wanted = []
     for document, mask in pairs:
-        states = [lm.model.base_model(torch.tensor([document])).last_hidden_state[0] for lm in (guide.lm, guide.contrast, guide.base)]
-        z = [logits_of(lm.model, state).double() for lm, state in zip((guide.lm, guide.contrast, guide.base), states)]
-        logprobs = (z[0] + guide.alpha*(z[1] - z[2])).log_softmax(-1)
+        states = [lm.model.base_model(torch.tensor([document])).last_hidden_state[0] for lm in (shifted.lm, shifted.adapted, shifted.base)]
+        z = [logits_of(lm.model, state).double() for lm, state in zip((shifted.lm, shifted.adapted, shifted.base), states)]
+        logprobs = (z[0] + shifted.alpha*(z[1] - z[2])).log_softmax(-1)
         wanted.append(-sum(float(logprobs[n - 1, i]) for n, i in enumerate(document) if n and mask[n]))
-    np.testing.assert_allclose(proxy_nats(guide, ids, masks), wanted, rtol=1e-5)
-    np.testing.assert_allclose(proxy_nats(LiveTeacher(guide.lm), ids, masks), document_nats(guide.lm, ids, masks), rtol=1e-5)
-    np.testing.assert_allclose(proxy_nats(guide.teacher, ids, context=20), document_nats(guide.lm, ids, context=20), rtol=1e-5)
+    np.testing.assert_allclose(proxy_nats(shifted, ids, masks), wanted, rtol=1e-5)
+    np.testing.assert_allclose(proxy_nats(LiveTeacher(shifted.lm), ids, masks), document_nats(shifted.lm, ids, masks), rtol=1e-5)
+    np.testing.assert_allclose(proxy_nats(shifted.teacher, ids, context=20), document_nats(shifted.lm, ids, context=20), rtol=1e-5)

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from scilm_adapt.alignment import Teacher
+from scilm_adapt.distill import Recipe
 from scilm_adapt.divergence import Head, common_rows, dense_loss, divergences, head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_json
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, logits_of, tiny
+from scilm_adapt.rollouts import OnPolicy
 from scilm_adapt.teacher import (
     CachedTeacher,
     LiveTeacher,
@@ -25,10 +28,10 @@ from scilm_adapt.teacher import (
     addresses,
     build_cache,
     data_hash,
-    drawn,
     open_cache,
     record,
     shards_of,
+    systematic_sample,
 )
 from scilm_adapt.tokens import pack, train_tokenizer
 from scilm_adapt.training import micro_batches, target_states
@@ -80,11 +83,11 @@ def loss_and_slope(teacher, student: LanguageModel, batch: dict, **options) -> t
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def dense(targets: torch.Tensor, student: LanguageModel, batch: dict, kind='forward_kl', temperature=1.0, **options):
+def dense(targets: torch.Tensor, student: LanguageModel, batch: dict, divergence='forward_kl', temperature=1.0):
     "The same from the logits of all tokens."
     model = copy.deepcopy(student.model)
     logits = logits_of(model, target_states(hidden_states(model, batch), batch)[0])
-    loss = dense_loss(logits, targets, torch.ones(len(logits), dtype=torch.bool), kind, temperature, batch['count'], **options)
+    loss = dense_loss(logits, targets, torch.ones(len(logits), dtype=torch.bool), divergence, temperature, batch['count'])
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -95,12 +98,12 @@ def same(found, wanted, tolerance: float = 1e-12) -> None:
 
 # --- open teachers
 
-@pytest.mark.parametrize('kind', divergences)
+@pytest.mark.parametrize('divergence', divergences)
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
-def test_a_live_teacher_gives_the_loss_of_all_logits(teacher, student, kind, temperature):
+def test_a_live_teacher_gives_the_loss_of_all_logits(teacher, student, divergence, temperature):
     batch = batch_of()
-    wanted = dense(teacher.targets(batch), student, batch, kind, temperature)
-    same(loss_and_slope(teacher, student, batch, kind=kind, temperature=temperature), wanted)
+    wanted = dense(teacher.targets(batch), student, batch, divergence, temperature)
+    same(loss_and_slope(teacher, student, batch, divergence=divergence, temperature=temperature), wanted)
 
 
 @pytest.mark.parametrize('family', families(1, 1, 1, 1, 1))
@@ -108,7 +111,7 @@ def test_a_live_teacher_gives_the_loss_of_all_logits(teacher, student, kind, tem
                                                         (torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_numbers_of_other_precision_and_models_of_other_families_fit(family, of_teacher, of_student):
     teacher, student, batch = LiveTeacher(lm_of(1, family, 48, of_teacher)), lm_of(2, dtype=of_student), batch_of()
-    found, wanted = (one(student, batch, kind='jsd', beta=0.3) for one in (
+    found, wanted = (one(student, batch, divergence='jsd beta=0.3') for one in (
         lambda *a, **o: loss_and_slope(teacher, *a, **o), lambda *a, **o: dense(teacher.targets(batch), *a, **o)))
     same(found, wanted, 1e-5)
 
@@ -157,13 +160,13 @@ def test_the_loss_leaves_the_teacher_as_it_was_and_a_broken_one_is_named(teacher
 def pair() -> tuple[LanguageModel, LanguageModel]: return lm_of(3, name='contrast'), lm_of(4, name='base')
 
 
-@pytest.mark.parametrize('kind', ['forward_kl', 'jsd'])
+@pytest.mark.parametrize('divergence', ['forward_kl', 'jsd'])
 @pytest.mark.parametrize('alpha', [0.5, 1.0, -0.25])
-def test_a_shifted_teacher_is_the_sum_of_logits(teacher, student, pair, kind, alpha):
+def test_a_shifted_teacher_is_the_sum_of_logits(teacher, student, pair, divergence, alpha):
     batch = batch_of()
-    z, contrast, base = (LiveTeacher(lm).targets(batch) for lm in (teacher.lm, *pair))
-    wanted = dense(z + alpha*(contrast - base), student, batch, kind, 2.0)
-    same(loss_and_slope(ShiftedTeacher(teacher, *pair, alpha), student, batch, kind=kind, temperature=2.0), wanted)
+    z, adapted, base = (LiveTeacher(lm).targets(batch) for lm in (teacher.lm, *pair))
+    wanted = dense(z + alpha*(adapted - base), student, batch, divergence, 2.0)
+    same(loss_and_slope(ShiftedTeacher(teacher, *pair, alpha), student, batch, divergence=divergence, temperature=2.0), wanted)
 
 
 def test_without_a_shift_the_teacher_is_the_live_one_exactly(teacher, student, pair):
@@ -226,17 +229,18 @@ def everything_kept(folder, teacher, **settings) -> CachedTeacher:
     return build_cache(folder, teacher, PACKED, k=len(TOKENIZER), how='top_k', **settings)
 
 
-@pytest.mark.parametrize('kind', ['forward_kl', 'skew_kl'])
+@pytest.mark.parametrize('divergence', ['forward_kl', 'skew_kl'])
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
-def test_a_cache_of_all_words_gives_the_live_loss_in_any_order_and_epoch(teacher, student, tmp_path, kind, temperature):
+def test_a_cache_of_all_words_gives_the_live_loss_in_any_order_and_epoch(teacher, student, tmp_path, divergence, temperature):
     cache = everything_kept(tmp_path/'cache', Once(teacher, set()), temperature=temperature, shard=10)
     assert len(cache.shards) > 3
     for epoch in range(3):
         for rows in np.array_split(np.random.default_rng(epoch).permutation(len(PACKED)), 2):
             batch = batch_of(rows=rows.tolist())
-            live = loss_and_slope(teacher, student, batch, kind=kind, temperature=temperature)
+            live = loss_and_slope(teacher, student, batch, divergence=divergence, temperature=temperature)
             for part in (None, 1):
-                found = [loss_and_slope(cache, student, b, kind=kind, temperature=temperature) for b in micro_batches(batch, part)]
+                found = [loss_and_slope(cache, student, b, divergence=divergence, temperature=temperature)
+                         for b in micro_batches(batch, part)]
                 same([sum(f[n] for f in found) for n in (0, 1)], live, 2e-3)
 
 
@@ -294,7 +298,8 @@ def test_draws_come_as_often_as_they_are_likely():
     logprobs[0] = torch.tensor([0.0] + [-math.inf]*49)
     for k in (1, 7):
         marks = (torch.arange(2000, dtype=torch.float64) + 0.5)/2000
-        counts = torch.stack([torch.nn.functional.one_hot(drawn(logprobs, mark.expand(40), k), 50).sum(1) for mark in marks]).double()
+        draws = [systematic_sample(logprobs, mark.expand(40), k) for mark in marks]
+        counts = torch.stack([torch.nn.functional.one_hot(drawn, 50).sum(1) for drawn in draws]).double()
         assert (counts - k*logprobs.exp()).abs().max() < 1                          # systematic: never a whole draw off
         torch.testing.assert_close(counts.mean(0), k*logprobs.exp(), rtol=0, atol=2e-3*k)
 
@@ -302,19 +307,19 @@ def test_draws_come_as_often_as_they_are_likely():
 def test_draws_depend_on_seed_document_and_place_alone(teacher, tmp_path):
     one, two = (build_cache(tmp_path/str(shard), teacher, PACKED, k=5, seed=7, shard=shard) for shard in (8, 1000))
     places = np.arange(one.ends[-1])
-    assert (one.read(places)['words'] == two.read(places)['words']).mean() > 0.999     # rounding may differ with the rows read together
+    assert (one.read(places)['token_ids'] == two.read(places)['token_ids']).mean() > 0.999  # rounding may differ with the rows
     other = build_cache(tmp_path/'other', teacher, PACKED, k=5, seed=8)
-    assert (one.read(places)['words'] != other.read(places)['words']).any()
+    assert (one.read(places)['token_ids'] != other.read(places)['token_ids']).any()
     fewer = pack(IDS[:5], 20, MASKS[:5])
     again = build_cache(tmp_path/'fewer', teacher, fewer, k=5, seed=7)
-    assert np.array_equal(again.read(places[:10])['words'], one.read(places[:10])['words'])
+    assert np.array_equal(again.read(places[:10])['token_ids'], one.read(places[:10])['token_ids'])
 
 
 @pytest.mark.parametrize(('how', 'k', 'vocabulary', 'most'), [
     (how, k, v, (4.2 if v <= 2**16 else 6.2)*k) for how in ('sampled', 'top_k') for k in (1, 16, 64) for v in (400, 2**16, 2**16 + 1)])
 def test_a_token_costs_what_it_may(how, k, vocabulary, most):
     kind = record(how, k, vocabulary)
-    assert kind.itemsize <= most and np.iinfo(kind['words'].base).max >= vocabulary - 1
+    assert kind.itemsize <= most and np.iinfo(kind['token_ids'].base).max >= vocabulary - 1
 
 
 def test_the_report_says_what_is_on_disk_and_how_the_teacher_does(teacher, student, tmp_path):
@@ -436,7 +441,8 @@ def test_a_stale_cache_is_refused_and_left_alone(made, teacher, change, differs)
 
 def test_what_a_cache_cannot_do_is_refused(made, teacher, student, tmp_path):
     cache, batch = open_cache(made, PACKED, teacher, k=4), batch_of()
-    for options, message in ((dict(kind='jsd'), 'cannot be had from sampled targets'), (dict(temperature=2.0), 'made at temperature 1.0')):
+    for options, message in ((dict(divergence='jsd'), 'cannot be had from sampled targets'),
+                             (dict(temperature=2.0), 'made at temperature 1.0')):
         with pytest.raises(InputError, match=message): loss_and_slope(cache, student, batch, **options)
     with pytest.raises(InputError, match=r"batch\['address'\]"): loss_and_slope(cache, student, PACKED.batch(EVERY_ROW))
     with pytest.raises(InputError, match='asks for target'): cache.read(np.array([10**6]))
@@ -454,7 +460,7 @@ def test_what_only_pads_a_head_is_never_drawn(teacher, student, tmp_path):
     wide.resize_token_embeddings(len(TOKENIZER) + 64)
     with torch.no_grad(): wide.get_output_embeddings().weight[-64:] = wide.get_output_embeddings().weight[:64]*3
     cache = build_cache(tmp_path/'cache', LiveTeacher(replace(teacher.lm, model=wide)), PACKED, k=4)
-    assert cache.read(np.arange(cache.ends[-1]))['words'].max() < len(TOKENIZER) == common_rows(None, cache.about['made']['rows'])
+    assert cache.read(np.arange(cache.ends[-1]))['token_ids'].max() < len(TOKENIZER) == common_rows(None, cache.about['made']['rows'])
     loss_and_slope(cache, student, batch_of())
 
 
@@ -466,7 +472,34 @@ def test_a_broken_teacher_is_not_written_down(teacher, tmp_path):
     assert not (tmp_path/'cache').exists()
 
 
-def test_all_kinds_of_teacher_are_found_in_one_place():
-    from scilm_adapt import alignment, teacher
-    assert teacher.AlignedTeacher is alignment.AlignedTeacher
-    for kind in (teacher.LiveTeacher, teacher.CachedTeacher, teacher.ShiftedTeacher, teacher.AlignedTeacher): assert callable(kind.loss)
+def test_a_teacher_says_itself_what_it_can(made, teacher, pair):
+    cache, shifted = open_cache(made, PACKED, teacher, k=4), ShiftedTeacher(teacher, *pair, 0.5)
+    assert teacher.open and shifted.open and not cache.open
+    assert (teacher.sparse, shifted.sparse, cache.sparse) == ('', '', 'sampled') and teacher.local is shifted.local is teacher.lm
+    assert teacher.can_judge([]) and not cache.can_judge([]) and cache.local is None
+    assert [weight for _, weight in shifted.summands()] == [1.0, 0.5, -0.5] and teacher.summands() == [(teacher.lm, 1.0)]
+
+
+def recipe(**settings): return Recipe(steps=1, batch_size=1, context=8, learning_rate=0.1, **dict(divergence='forward_kl') | settings)
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(divergence='jsd'), "'jsd' cannot be had from this teacher, because draws tell"),
+    (dict(shift=0.5), 'shift is 0.5, and a cache knows'),
+    (dict(on_policy=OnPolicy(share=0.5)), 'on_policy.share is 0.5, and .*; set it to 0, or choose another teacher'),
+    (dict(on_policy=OnPolicy(replay=8)), 'on_policy.replay is 8')])
+def test_what_it_cannot_serve_it_refuses(made, teacher, changes, message):
+    teacher.check(recipe(**changes))
+    cache = open_cache(made, PACKED, teacher, k=4)
+    cache.check(recipe())
+    with pytest.raises(InputError, match=message): cache.check(recipe(**changes))
+
+
+def test_a_teacher_of_ones_own_needs_a_loss_and_nothing_else(student):
+    class Pull(Teacher):
+        def loss(self, batch, states, head, divergence='forward_kl', temperature=1.0, count=None): return states.square().mean()
+    mine = Pull()
+    mine.check(recipe())
+    assert not mine.open and mine.sparse == '' and mine.local is None and mine.fingerprint() == {} and not mine.can_judge([])
+    for setting in (dict(shift=0.5), dict(cache=4), dict(on_policy=OnPolicy(share=0.5))):
+        with pytest.raises(InputError, match='cannot be asked about any text; set it to 0'): mine.check(recipe(**setting))

@@ -7,7 +7,7 @@ Needs torch, transformers and scilm_adapt (the folder above this one's is enough
 same weights and the same tokens and takes turns with the others; medians are kept. The ways:
 
     naive    all logits of both models, JSD(1/2) as one would write it down, autograd
-    ours     `divergence.chunked_loss`, through `teacher.open_loss` as in training
+    ours     `divergence.chunked_loss`, through `teacher.OpenTeacher` as in training
     cached   forward KL from 16 kept words a token, no teacher: what the second epoch costs
     trl      GKDTrainer.generalized_jsd_loss of TRL on all logits of the conversation, as its compute_loss does; if TRL is installed
 
@@ -65,7 +65,7 @@ def ways(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, to
     count = int(batch['loss_mask'][:, 1:].sum())
     live, ids = LiveTeacher(LanguageModel(teacher, None, 'teacher')), batch['input_ids']
     chance = torch.Generator().manual_seed(1)
-    words = torch.randint(student.config.vocab_size, (count, 16), generator=chance).to(ids.device)
+    token_ids = torch.randint(student.config.vocab_size, (count, 16), generator=chance).to(ids.device)
     def naive() -> torch.Tensor:
         own = logits_of(student, target_states(hidden_states(student, batch), batch)[0]).float().log_softmax(-1)
         with torch.no_grad(): said = logits_of(teacher, target_states(hidden_states(teacher, batch), batch)[0]).float().log_softmax(-1)
@@ -73,11 +73,12 @@ def ways(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, to
         return 0.5*sum(F.kl_div(middle, one, log_target=True, reduction='sum') for one in (said, own))/count
     def ours() -> torch.Tensor:
         states, _ = target_states(hidden_states(student, batch), batch)
-        return live.loss(batch, states, head_of(student), 'jsd', beta=0.5, scaled=False)
+        return live.loss(batch, states, head_of(student), 'jsd scaled=false')
     def cached() -> torch.Tensor:
         states, _ = target_states(hidden_states(student, batch), batch)
         everything = torch.ones(count, dtype=torch.bool, device=ids.device)
-        return sparse_loss(states, head_of(student), words, torch.full((count, 16), 1/16, device=ids.device), everything, targets='sampled')
+        weights = torch.full((count, 16), 1/16, device=ids.device)
+        return sparse_loss(states, head_of(student), token_ids, weights, everything, targets='sampled')
     found = dict(naive=naive, ours=ours, cached=cached)
     try: gkd = importlib.import_module('trl.experimental.gkd').GKDTrainer
     except (ImportError, RuntimeError): return found

@@ -105,10 +105,10 @@ def our_batch(folder: Path, student: LanguageModel, on_policy: bool) -> Callable
     given = conversations(folder).batch(rows)
     if not on_policy: return lambda: given
     questions, chance = given['input_ids'][:, :prompt], torch.Generator().manual_seed(0)
-    def written() -> dict[str, torch.Tensor]:
+    def on_policy_batch() -> dict[str, torch.Tensor]:
         ids = sample(student.model, questions, torch.ones_like(questions), answer, generator=chance)
         return pack(ids.tolist(), prompt + answer, [[0]*prompt + [1]*answer]*len(rows)).batch(rows)
-    return written
+    return on_policy_batch
 
 
 def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'no', on_policy: bool = False) -> dict:
@@ -119,7 +119,7 @@ def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'n
     others = {name: TRL[name](folder, precision, on_policy) for name in names if name != 'ours'}
     if 'ours' not in names: return in_turns(others, None, rounds)
     student, teacher = open_model(folder, 'student'), open_model(folder, 'teacher')
-    next_batch, loss = our_batch(folder, student, on_policy), distil_loss(LiveTeacher(teacher), 'jsd', beta=0.5, scaled=False)
+    next_batch, loss = our_batch(folder, student, on_policy), distil_loss(LiveTeacher(teacher), 'jsd scaled=false')
     def ours(before: Callable[[int], None]) -> list[float]:
         def batch_at(step: int) -> dict[str, torch.Tensor]:
             before(step)
