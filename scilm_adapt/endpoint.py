@@ -223,7 +223,8 @@ def request_row(connection: object, endpoint: Endpoint, request: dict) -> dict:
         choice, usage = reply.choices[0], reply.usage
         text, thoughts = text_and_thoughts(choice.message) if 'messages' in request else (choice.text, None)
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise InputError(f'{endpoint.url} refuses the key ({error_line(error)}); put the right one into the environment variable OPENAI_API_KEY.')
+        raise InputError(f'{endpoint.url} refuses the key ({error_line(error)}); put the right one into the environment variable '
+                         f'OPENAI_API_KEY.')
     except openai.NotFoundError as error:
         where = 'chat/completions' if 'messages' in request else 'completions (not every server continues plain text)'
         raise InputError(f"{endpoint.url} knows no model '{endpoint.model}' or has no route /{where}: {error_line(error)}; "

@@ -149,17 +149,26 @@ class NearTeacher:
     lm: LanguageModel
 
     @property
-    def key(self) -> str: return weights_hash(self.lm.model)
+    def key(self) -> str:
+        "What its weights are recognised by."
+        return weights_hash(self.lm.model)
 
     @property
-    def tokenizer(self): return self.lm.tokenizer
+    def tokenizer(self) -> object:
+        "Its tokenizer."
+        return self.lm.tokenizer
 
     @property
-    def context(self) -> int: return self.lm.context
+    def context(self) -> int:
+        "Tokens that it can read."
+        return self.lm.context
 
-    def refuses(self, kind: str) -> str: return ''
+    def refuses(self, kind: str) -> str:
+        "Why it cannot write conversations of this kind; '': it can."
+        return ''
 
     def turns(self, conversations: list[list[dict]], how: Asking) -> tuple[list[Answer | None], Usage]:
+        "The next turns, None where there is none, and what they cost."
         thoughts = 0 if how.user else how.thoughts
         prompts = [user_ids(self.lm, messages) if how.user else chat_prompt(self.lm, messages, thoughts > 0) for messages in conversations]
         most = min(how.context or self.context, self.context - thoughts)
@@ -177,18 +186,24 @@ class FarTeacher:
     context: int = 1250  # tokens for which prompts are written
 
     @property
-    def key(self) -> str: return self.endpoint.model
+    def key(self) -> str:
+        "Its name, since nobody can look at its weights."
+        return self.endpoint.model
 
     @property
-    def tokenizer(self): return endpoint_tokenizer(self.endpoint)
+    def tokenizer(self) -> object:
+        "Its tokenizer; InputError when it cannot be found."
+        return endpoint_tokenizer(self.endpoint)
 
     def refuses(self, kind: str) -> str:
+        "Why it cannot write conversations of this kind; '': it can."
         if kind == 'magpie':
             try: endpoint_tokenizer(self.endpoint)
             except InputError as error: return str(error)
         return ''
 
     def turns(self, conversations: list[list[dict]], how: Asking) -> tuple[list[Answer | None], Usage]:
+        "The next turns, None where there is none, and what they cost."
         if not how.user:
             endpoint = replace(self.endpoint, thoughts=how.thoughts or self.endpoint.thoughts)
             return ask(endpoint, conversations, how.room, how.temperature, how.seed, how.file, how.description)
