@@ -19,7 +19,7 @@ import torch
 
 from .decoding import (DECODERS, Reader, check_dials, check_mask, check_room, contrastive_search,   # noqa: F401
                                   next_probabilities, pick, plain, sample, write)
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .models import LanguageModel, logits_of
 from .runs import rng
 from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, end_of_turn, pad, render
@@ -185,7 +185,7 @@ def continued(lm: LanguageModel, prompts: list[list[int]], halts: list[int], cha
 def answers_of(lm: LanguageModel, batches: Iterator[dict[int, list[int]]], count: int, halts: list[int], stops: list[int],
                description: str, begun: list[bool] | None = None) -> list[Answer]:
     "The `count` answers in what `continued` yields, in order; `begun` says which prompts end within thoughts (None: none does)."
-    answers, tokens, bar = {}, 0, progress(count, description, 'answer')
+    answers, tokens, bar = {}, 0, progress_bar(count, description, 'answer')
     for rows in batches:
         answers |= {n: to_answer(lm, row, halts, stops, bool(begun and begun[n])) for n, row in rows.items()}
         tokens += sum(len(answers[n].ids) for n in rows)

@@ -27,7 +27,7 @@ from tabulate import tabulate
 
 from .cleaning import clean, without_rules
 from .duplicates import Evaluation, Seen, decontaminate, deduplicate, fingerprint, read_evaluation, signature, texts_in  # noqa: F401
-from .errors import InputError, progress, say
+from .errors import InputError, progress_bar, say
 from .files import check_apart, check_free, content_hash, file_hash, read_json, staged_folder, write_json
 from .installed import installed_docs
 from .reading import Refused, Row
@@ -365,7 +365,7 @@ def build_into(folder: Path, sources: Iterable[str], seen: Seen, *, title_field:
     found = (entry for source in sources for entry in entries(source, encoding, limit))
     job = (dict(title=title_field, text=text_field), without_rules(without), evaluation)
     try:
-        for row in progress(stream(found, job, workers or os.cpu_count() or 1), 'papers', ' records'):
+        for row in progress_bar(stream(found, job, workers or os.cpu_count() or 1), 'papers', ' records'):
             if strict and row.outcome == 'quarantined': raise InputError(f'{row.file}:{row.line}: {row.reason}.')
             if row.outcome == 'kept' and (match := seen.find(row.record, row.signature)):
                 row.outcome, row.reason = 'duplicates', f'{match.how} of {match.id}, similarity {match.similarity:.2f}'

@@ -21,7 +21,7 @@ import torch
 
 from .alignment import AlignedTeacher
 from .divergence import Head, chunk_size, common_rows, divergences, floored, head_loss, head_of, loss_rows, sparse_loss
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .files import check_free, content_hash, file_hash, hashed, read_json, write_json
 from .models import LanguageModel, hidden_states, mixed_precision, shared_vocabulary, weights_hash
 from .runs import rng
@@ -333,7 +333,7 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     else:
         for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
     parts, numbers = shards_of(packed, shard), numbered(packed)
-    for number, part in enumerate(progress(parts, 'asking the teacher', 'shard')):
+    for number, part in enumerate(progress_bar(parts, 'asking the teacher', 'shard')):
         file = folder/f'shard-{number:05}.bin'
         if not damage(file, about['shards'].get(file.name)): continue
         records, seen = asked(teacher, part, numbers, k, how, seed, temperature, size)

@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .files import content_hash, read_json, write_json
 from .runs import Run, rng, stage
 
@@ -419,7 +419,7 @@ def store_tokens(run: Run, name: str, texts: Iterable[str], tokenizer, parents: 
     "Whole documents as tokens, in run.folder/`name`; made anew when the tokenizer reads otherwise or `parents`, their source, changed."
     vocabulary = 1 + max(tokenizer.get_vocab().values())
     def make(folder: Path) -> None:
-        write_tokens(folder, encode_documents(tokenizer, progress(texts, 'tokenising', 'text')), vocabulary)
+        write_tokens(folder, encode_documents(tokenizer, progress_bar(texts, 'tokenising', 'text')), vocabulary)
     return read_tokens(stage(run, name, dict(reading=reading_of(tokenizer)), make, parents))
 
 # %% ../nbs/13_tokens.ipynb #a92d09cc
