@@ -184,9 +184,9 @@ def record(how: str, k: int, vocabulary: int) -> np.dtype:
 def numbered(packed: Packed) -> Packed:
     "The same rows with each learnt token's address in place of its id: its number among all that are learnt, in document order."
     starts = packed.tokens.starts
-    learnt = np.ones(len(packed.tokens.ids), bool) if packed.learnt is None else packed.learnt.copy()
+    learnt = np.ones(len(packed.tokens.ids), bool) if packed.token_loss_mask is None else packed.token_loss_mask.copy()
     learnt[starts[:-1][np.diff(starts) > 0]] = False  # nothing predicts a document's first token
-    return replace(packed, tokens=Tokens(np.cumsum(learnt) - 1, starts), learnt=learnt)
+    return replace(packed, tokens=Tokens(np.cumsum(learnt) - 1, starts), token_loss_mask=learnt)
 
 
 def addresses(packed: Packed) -> Callable[[list[int]], torch.Tensor]:
@@ -198,7 +198,7 @@ def addresses(packed: Packed) -> Callable[[list[int]], torch.Tensor]:
 def data_hash(packed: Packed) -> str:
     "Hash of the token ids, of what is learnt, and of the pieces in which documents are read; not of the rows these lie in."
     order, digest = np.argsort(packed.starts, kind='stable'), hashlib.sha256()
-    learnt = np.zeros(0, bool) if packed.learnt is None else packed.learnt
+    learnt = np.zeros(0, bool) if packed.token_loss_mask is None else packed.token_loss_mask
     for array, kind in ((packed.tokens.ids, '<u4'), (packed.tokens.starts, '<i8'), (packed.starts[order], '<i8'),
                         (packed.lengths[order], '<i8'), (learnt, 'u1')):
         digest.update(len(array).to_bytes(8, 'little'))
@@ -208,7 +208,7 @@ def data_hash(packed: Packed) -> str:
 # %% ../nbs/30_teacher.ipynb #47699d69
 def shards_of(packed: Packed, size: int) -> list[Packed]:
     "The pieces in document order, cut where another `size` targets have begun; each part in rows of its own."
-    order, seen = np.argsort(packed.starts, kind='stable'), np.r_[0, np.cumsum(numbered(packed).learnt)]
+    order, seen = np.argsort(packed.starts, kind='stable'), np.r_[0, np.cumsum(numbered(packed).token_loss_mask)]
     counts = (seen[packed.starts + packed.lengths] - seen[packed.starts + 1])[order]
     parts = []
     for pieces in np.split(order, np.flatnonzero(np.diff((np.cumsum(counts) - counts)//size)) + 1):
@@ -226,7 +226,7 @@ def uniforms(packed: Packed, numbers: Packed, seed: int) -> tuple[int, np.ndarra
         begin, end = numbers.tokens.starts[owner:owner + 2]
         pieces = packed.owners == owner
         first, last = packed.starts[pieces].min() + 1, (packed.starts + packed.lengths)[pieces].max()
-        learnt = np.flatnonzero(numbers.learnt[first:last]) + first
+        learnt = np.flatnonzero(numbers.token_loss_mask[first:last]) + first
         found.append((numbers.tokens.ids[learnt], rng('targets', seed, owner).random(end - begin)[learnt - begin]))
     return int(found[0][0][0]), np.concatenate([numbers_drawn for _, numbers_drawn in found])
 

@@ -323,24 +323,24 @@ class Place:
     start: int
     stop: int
     over: int
-    learnt: bool
+    in_loss: bool
 
 
 def lay_out(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[Place]]:
     "Token ids of a conversation, and the place of each answer in it."
     controls = set(control_tokens(tokenizer).values()) | {tokenizer.eos_token_id}
     text = conversation(tokenizer, messages, add_generation_prompt)
-    learnt, ids, places, answer, span = taught(tokenizer, messages, text), [], {}, None, (0, 0)
+    in_loss, ids, places, answer, span = taught(tokenizer, messages, text), [], {}, None, (0, 0)
     for piece in pieces_of(text):
         if isinstance(piece, int): new = encode(tokenizer, messages[piece]['content'])
         else: new = tokenizer(piece, add_special_tokens=False)['input_ids']
         if answer is not None:  # its turn is over with the first control token behind it
             end = 1 + next((n for n, i in enumerate(new) if i in controls), -1) if isinstance(piece, str) else 0
-            places[answer] = Place(answer, *span, span[1] + end, answer in learnt)
+            places[answer] = Place(answer, *span, span[1] + end, answer in in_loss)
         answer = piece if isinstance(piece, int) and messages[piece]['role'] == 'assistant' else None
         span = len(ids), len(ids) + len(new)
         ids += new
-    if answer is not None: places[answer] = Place(answer, *span, span[1], answer in learnt)
+    if answer is not None: places[answer] = Place(answer, *span, span[1], answer in in_loss)
     return ids, [places[number] for number in sorted(places)]
 
 
@@ -350,8 +350,8 @@ def encode_chat(tokenizer, messages: list[dict], add_generation_prompt: bool = F
     `messages` are {'role', 'content'}; with `add_generation_prompt` the assistant's next turn is opened, exactly as it is learnt.
     """
     ids, places = lay_out(tokenizer, messages, add_generation_prompt)
-    learnt = {n for place in places if place.learnt for n in range(place.start, place.over)}
-    return ids, [int(n in learnt) for n in range(len(ids))]
+    in_loss = {n for place in places if place.in_loss for n in range(place.start, place.over)}
+    return ids, [int(n in in_loss) for n in range(len(ids))]
 
 
 def end_of_turn(tokenizer) -> int:
@@ -491,7 +491,7 @@ class Packed:
     lengths: np.ndarray
     owners: np.ndarray  # the number of its document
     rows: np.ndarray
-    learnt: np.ndarray | None = None  # for each of tokens.ids, whether it is to be learnt; all, if None
+    token_loss_mask: np.ndarray | None = None  # for each of tokens.ids, whether it is to be learnt; all, if None
 
     def __len__(self) -> int: return len(self.rows) - 1
 
@@ -509,8 +509,8 @@ class Packed:
         free = np.arange(self.length)[None] - np.bincount(row, lengths, len(rows))[:, None]  # padding counts on from 0
         result = dict(position_ids=free.astype(np.int32), input_ids=np.zeros_like(free, np.int32), segments=np.zeros_like(free, np.int16),
                       loss_mask=np.zeros_like(free, bool), documents=np.zeros_like(free, np.int32))
-        learnt = within > 0 if self.learnt is None else (within > 0) & self.learnt[source]
-        given = dict(position_ids=within, input_ids=self.tokens.ids[source], segments=np.repeat(nth + 1, lengths), loss_mask=learnt,
+        in_loss = within > 0 if self.token_loss_mask is None else (within > 0) & self.token_loss_mask[source]
+        given = dict(position_ids=within, input_ids=self.tokens.ids[source], segments=np.repeat(nth + 1, lengths), loss_mask=in_loss,
                      documents=np.repeat(self.owners[pieces], lengths))
         for name, values in given.items(): result[name][at] = values
         return result
@@ -556,14 +556,14 @@ def pack(documents: list[list[int]] | Tokens, length: int, masks: list[list[int]
     """
     if length < 2: raise InputError(f'Rows of {length} token have nothing to predict; set their length to 2 or more.')
     tokens = documents if isinstance(documents, Tokens) else laid_out(documents)
-    learnt = None if masks is None else laid_out(masks).ids.astype(bool)
+    token_loss_mask = None if masks is None else laid_out(masks).ids.astype(bool)
     sizes = np.diff(tokens.starts)
     windows = np.maximum(1, -(-(sizes - 1)//(length - 1)))
     owners, skipped = np.repeat(np.arange(len(tokens), dtype=np.int32), windows), runs(windows)*(length - 1)
     starts, lengths = tokens.starts[owners] + skipped, np.minimum(length, sizes[owners] - skipped).astype(np.int32)
     useful = lengths > 1
-    if learnt is not None:
-        seen = np.cumsum(np.r_[0, learnt])  # how many tokens are learnt before each place
+    if token_loss_mask is not None:
+        seen = np.cumsum(np.r_[0, token_loss_mask])  # how many tokens are learnt before each place
         useful[useful] = seen[(starts + lengths)[useful]] > seen[starts[useful] + 1]
     if not useful.any(): raise InputError('There is nothing to learn in these texts: every one is empty or a single token.')
     starts, lengths, owners = starts[useful], lengths[useful], owners[useful]
@@ -571,7 +571,7 @@ def pack(documents: list[list[int]] | Tokens, length: int, masks: list[list[int]
     if share: starts, lengths, owners, row_of = pour(starts, lengths, owners, row_of, length, share)
     order = np.lexsort((-lengths, row_of))  # row by row, the longest first
     rows = np.searchsorted(row_of[order], np.arange(row_of.max() + 2))
-    return Packed(tokens, length, starts[order], lengths[order], owners[order], rows, learnt)
+    return Packed(tokens, length, starts[order], lengths[order], owners[order], rows, token_loss_mask)
 
 
 def documents_in(packed: Packed, rows: list[int]) -> list[int]:
