@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 from .cleaning import language
-from .duplicates import Evaluation, Seen, decontaminate, fingerprint, read_evaluation, signature
+from .duplicates import EvaluationSet, Seen, decontaminate, fingerprint, read_evaluation_texts, signature
 from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, send, text_request, to_answer, usage_of
 from .errors import InputError, say
 from .files import (check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, write_json,
@@ -389,7 +389,7 @@ def refused(chat: dict, paper: dict) -> tuple[str, str]:
 @dataclass
 class Sieve:
     "Decides about candidates, counts its verdicts by split, and keeps samples of what it refused."
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationSet | None = None
     seen: set[str] = field(default_factory=set)      # fingerprints of questions, and of a teacher's answers
     written: Seen = field(default_factory=Seen)      # a teacher's questions, of which near copies are noticed, too
     counts: dict[str, Counter] = field(default_factory=dict)
@@ -516,7 +516,7 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
     evaluation, read = list(evaluation), [papers] if isinstance(papers, (str, Path)) else []
     check_apart(folder, places_of([*read, *evaluation]))
     folder, splits, chosen = check_free(folder), open_papers(papers), chosen_kinds(kinds, teacher)
-    sieve, counts, usage, elsewhere = Sieve(Evaluation(read_evaluation(evaluation)) if evaluation else None), {}, Usage(), {}
+    sieve, counts, usage, elsewhere = Sieve(EvaluationSet(read_evaluation_texts(evaluation)) if evaluation else None), {}, Usage(), {}
     place = folder/'.scilm.answers' if in_place(folder) else folder.with_name(f'.{folder.name}.answers')
     beside = (lasting(place, folder.name) if teacher else place)/'answers.jsonl'
     say(f"instruct: conversations out of {sum(map(len, splits.values())):,} papers")
@@ -605,7 +605,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel, *, conversations: 
     say('instruct: questions out of the papers, answers by the papers and the teacher')
     chosen = kinds_of(kinds, mined_kinds)
     def make(folder: Path, scratch: Path) -> None:
-        counts, exam = {}, Evaluation(read_evaluation([evaluation]) if evaluation else [])
+        counts, exam = {}, EvaluationSet(read_evaluation_texts([evaluation]) if evaluation else [])
         for name, most in dict(train=conversations, valid=held_out, test=held_out).items():
             papers, refusals = corpus.science[name], Counter()
             chats = mine_all(papers, teacher.tokenizer, context, most, seed, chosen)

@@ -7,7 +7,7 @@ __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'CHATML', 'DAY', 'OPTION', 
            'THOUGHTS', 'CONTENTS', 'USEFUL', 'train_tokenizer', 'control_tokens', 'spell', 'as_content', 'batches',
            'tokenised', 'encode_stream', 'encode_many', 'encode', 'document_ends', 'encode_documents',
            'encode_document', 'clock', 'of_model', 'named_templates', 'template_of', 'parse_options', 'options_of',
-           'set_options', 'write_options', 'literal', 'mark', 'written', 'pieces_of', 'render', 'opening',
+           'set_options', 'write_options', 'literal', 'mark', 'apply_template', 'pieces_of', 'render', 'opening',
            'conversation', 'taught', 'Place', 'lay_out', 'encode_chat', 'end_of_turn', 'settled', 'Tokens',
            'write_tokens', 'read_tokens', 'reading_of', 'tokenizer_hash', 'store_tokens', 'Gaps', 'best_fit', 'pour',
            'Packed', 'runs', 'laid_out', 'pack', 'documents_in', 'shuffled', 'batch_rows', 'pad']
@@ -148,13 +148,13 @@ def clock(day: str) -> str:
     try: when = date.fromisoformat(str(day))
     except ValueError: raise InputError(f"strftime_now is '{day}'; give a day, such as {DAY}.") from None
     month, weekday = MONTHS[when.month - 1], WEEKDAYS[when.weekday()]
-    told = {'%Y': when.year, '%y': f'{when.year % 100:02}', '%m': f'{when.month:02}', '%-m': when.month, '%d': f'{when.day:02}',
+    replacements = {'%Y': when.year, '%y': f'{when.year % 100:02}', '%m': f'{when.month:02}', '%-m': when.month, '%d': f'{when.day:02}',
             '%-d': when.day, '%e': f'{when.day:2}', '%B': month, '%b': month[:3], '%h': month[:3], '%A': weekday, '%a': weekday[:3],
             '%j': when.strftime('%j'), '%u': when.isoweekday(), '%F': when.isoformat(), '%D': when.strftime('%m/%d/%y'),
             '%x': when.strftime('%m/%d/%y'), '%H': '00', '%-H': 0, '%I': '12', '%-I': 12, '%M': '00', '%S': '00', '%f': '000000',
             '%p': 'AM', '%T': '00:00:00', '%X': '00:00:00', '%R': '00:00', '%Z': '', '%z': '',
             '%c': f'{weekday[:3]} {month[:3]} {when.day:2} 00:00:00 {when.year}', '%%': '%'}
-    steps = ''.join(f' | replace({json.dumps(name)}, {json.dumps(str(value))})' for name, value in told.items())
+    steps = ''.join(f' | replace({json.dumps(name)}, {json.dumps(str(value))})' for name, value in replacements.items())
     return f'{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}{{# option #}}\n'
 
 
@@ -252,7 +252,7 @@ def mark(number: int) -> str:
     return f'\ue000{number}\ue001'
 
 
-def written(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, str]:
+def apply_template(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, str]:
     "The chat template's text with marks for contents, and which of `CONTENTS` it takes; InputError when it cannot write that."
     template, texts, fault, marks = template_of(tokenizer), {}, None, [mark(number) for number in range(len(messages))]
     def found(form: str) -> int: return sum(sign in texts[form] for sign in marks)
@@ -270,13 +270,13 @@ def written(tokenizer, messages: list[dict], add_generation_prompt: bool = False
 
 
 def pieces_of(text: str) -> list[str | int]:
-    "A text of `written` in pieces: the template's own texts, and the message's number for each mark."
+    "A text of `apply_template` in pieces: the template's own texts, and the message's number for each mark."
     return [int(piece[1:-1]) if piece[0] == '\ue000' else piece for piece in re.split('(\ue000\\d+\ue001)', text) if piece]
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> list[str | int]:
     "The chat template's own texts, with the message's number in place of each message's content."
-    return pieces_of(written(tokenizer, messages, add_generation_prompt)[0])
+    return pieces_of(apply_template(tokenizer, messages, add_generation_prompt)[0])
 
 
 def opening(tokenizer, messages: list[dict], finished: str | None = None) -> str:
@@ -285,10 +285,10 @@ def opening(tokenizer, messages: list[dict], finished: str | None = None) -> str
     `finished` is what the template writes before an answer that is there, if that is known.
     """
     if finished is None:
-        try: finished = written(tokenizer, [*messages, dict(role='assistant', content='')])[0].rpartition(mark(len(messages)))[0]
+        try: finished = apply_template(tokenizer, [*messages, dict(role='assistant', content='')])[0].rpartition(mark(len(messages)))[0]
         except InputError: finished = ''
     if not messages: return finished
-    asked = written(tokenizer, messages, True)[0]
+    asked = apply_template(tokenizer, messages, True)[0]
     added = finished[len(asked):] if finished.startswith(asked) else ''
     if added.strip(' '): return finished  # blanks alone belong to the answer's first word
     closing = next((THOUGHTS[start] for start in THOUGHTS if asked.rstrip().endswith(start)), '')
@@ -298,7 +298,7 @@ def opening(tokenizer, messages: list[dict], finished: str | None = None) -> str
 def conversation(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     "The text of a conversation with marks for contents: its last answer, or with `add_generation_prompt` the next, behind its `opening`."
     if add_generation_prompt: text = opening(tokenizer, messages)
-    else: text = written(tokenizer, messages)[0]
+    else: text = apply_template(tokenizer, messages)[0]
     for number, message in enumerate(messages):
         if mark(number) not in text:
             raise InputError(f"The chat template{of_model(tokenizer)} leaves out what the {message['role']} says; take the template of an "
@@ -366,7 +366,7 @@ def end_of_turn(tokenizer) -> int:
 def settled(tokenizer) -> str:
     "The chat template as one text that asks, for everybody, as we do: the clock stands, and the prompt is the `opening`."
     messages, template = [dict(role='user', content='')], template_of(tokenizer)
-    added = opening(tokenizer, messages)[len(written(tokenizer, messages, True)[0]):]
+    added = opening(tokenizer, messages)[len(apply_template(tokenizer, messages, True)[0]):]
     said = json.dumps(added, ensure_ascii=False)
     return template.removesuffix('\n') + f'{{{{ {said} if add_generation_prompt else "" }}}}{{# opening #}}' if added else template
 
@@ -563,8 +563,8 @@ def pack(documents: list[list[int]] | Tokens, length: int, masks: list[list[int]
     starts, lengths = tokens.starts[owners] + skipped, np.minimum(length, sizes[owners] - skipped).astype(np.int32)
     useful = lengths > 1
     if token_loss_mask is not None:
-        seen = np.cumsum(np.r_[0, token_loss_mask])  # how many tokens are learnt before each place
-        useful[useful] = seen[(starts + lengths)[useful]] > seen[starts[useful] + 1]
+        learnt_before = np.cumsum(np.r_[0, token_loss_mask])  # how many tokens are learnt before each place
+        useful[useful] = learnt_before[(starts + lengths)[useful]] > learnt_before[starts[useful] + 1]
     if not useful.any(): raise InputError('There is nothing to learn in these texts: every one is empty or a single token.')
     starts, lengths, owners = starts[useful], lengths[useful], owners[useful]
     row_of = best_fit(lengths, length)
