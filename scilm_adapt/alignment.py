@@ -92,13 +92,13 @@ def answer_places(tokenizer, messages: list[dict], numbers: list[int] | None = N
     The answers are those messages of the `numbers`; if None, those that are learnt (see `learnt_answers`).
     """
     ids, places = lay_out(tokenizer, messages)
-    wanted = [place.number for place in places if place.learnt] if numbers is None else numbers
+    wanted = [place.number for place in places if place.in_loss] if numbers is None else numbers
     return ids, [(place.start, place.stop, place.over) for place in places if place.number in wanted]
 
 
 def learnt_answers(tokenizer, messages: list[dict]) -> list[int]:
     "The numbers of the messages that a model learns: answers that stand in the conversation as they are asked for."
-    return [place.number for place in lay_out(tokenizer, messages)[1] if place.learnt]
+    return [place.number for place in lay_out(tokenizer, messages)[1] if place.in_loss]
 
 
 # For a base model that has no template: a role, the content, and the token that ends a text as the end of a turn.

@@ -76,7 +76,7 @@ def contrast_loss(recipe: Recipe) -> Callable:
     def token(model, batch, hidden):
         return token_contrast(hidden, batch['segments'], recipe.margin, band=recipe.band, count=batch['token_pairs'])
     def pairs(model, batch, hidden): return pair_loss(model, batch, settings.temperature, settings.pooling, settings.chunk)
-    def preference(model, batch, hidden): return preference_part(model, batch, **recipe.preference.dials)
+    def preference(model, batch, hidden): return preference_part(model, batch, **recipe.preference.settings)
     parts = dict(lm=lm_loss, token=token, pairs=pairs, preference=preference)
     return weighted_sum({name: (recipe.weights[name], part) for name, part in parts.items()})
 

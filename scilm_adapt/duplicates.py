@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_SPACES', 'WORD', 'FACTORS', 'BANDS', 'ROWS', 'SHORTEST', 'NO_PROSE', 'fingerprint', 'words', 'word_hash',
            'hashes_of', 'ngrams', 'shingles', 'jaccard', 'blank_sketch', 'minima', 'Signature', 'key_of', 'signature',
-           'Buckets', 'Match', 'Seen', 'deduplicate', 'is_in', 'Evaluation', 'texts_in', 'read_evaluation',
+           'Buckets', 'Match', 'Seen', 'deduplicate', 'is_in', 'EvaluationSet', 'texts_in', 'read_evaluation_texts',
            'decontaminate']
 
 # %% ../nbs/11_duplicates.ipynb #99666236
@@ -205,7 +205,7 @@ def is_in(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[np.minimum(np.searchsorted(table, values), len(table) - 1)] == values
 
 
-class Evaluation:
+class EvaluationSet:
     "The texts of evaluation sets: their runs of `n` words, and whole texts of 6 to `n` - 1 words by the run they begin with."
     def __init__(self, texts: Iterable[str], n: int = 13):
         if not SHORTEST <= n <= len(FACTORS): raise InputError(f'n is {n}; give {SHORTEST} to {len(FACTORS)} words.')
@@ -244,7 +244,7 @@ def texts_in(value: object) -> Iterator[str]:
         if len(value) > 1 and all(isinstance(inner, str) for inner in value): yield ' '.join(value)
 
 
-def read_evaluation(paths: Iterable[str]) -> list[str]:
+def read_evaluation_texts(paths: Iterable[str]) -> list[str]:
     "The texts of evaluation files of any form that `sources` reads; InputError at a row that cannot be read, or when there is no text."
     texts = []
     for file in expand(paths):
@@ -256,13 +256,13 @@ def read_evaluation(paths: Iterable[str]) -> list[str]:
     return texts
 
 
-def decontaminate(records: Iterable[dict], evaluation: Iterable[str] | Evaluation,
+def decontaminate(records: Iterable[dict], evaluation: Iterable[str] | EvaluationSet,
                   n: int = 13) -> tuple[list[dict], list[tuple[dict, str]]]:
     """(kept, removed) of papers or chats; `removed` are (record, the words it has in common with the evaluation).
 
-    `evaluation`: texts, or an `Evaluation` made of them; `n`: words of a run, if it is texts.
+    `evaluation`: texts, or an `EvaluationSet` made of them; `n`: words of a run, if it is texts.
     """
-    evaluation = evaluation if isinstance(evaluation, Evaluation) else Evaluation(evaluation, n)
+    evaluation = evaluation if isinstance(evaluation, EvaluationSet) else EvaluationSet(evaluation, n)
     kept, removed = [], []
     for record in records:
         found = evaluation.match('\n'.join(texts_in(record)))

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .files import content_hash, hashed
 from .generate import Answer, parted
 from .tokens import parse_options
@@ -274,7 +274,7 @@ def arriving(endpoint: Endpoint, requests: dict[str, dict], file: str | Path | N
     if not requests: return
     connection, pool, over = connect(endpoint), ThreadPoolExecutor(endpoint.concurrency, 'endpoint'), threading.Event()
     work = lambda request: None if over.is_set() else request_row(connection, endpoint, request)
-    bar, done, fatal = progress(len(requests), description, 'answer'), 0, None
+    bar, done, fatal = progress_bar(len(requests), description, 'answer'), 0, None
     try:
         with appending(file) as append:
             futures = {pool.submit(work, request): key for key, request in requests.items()}

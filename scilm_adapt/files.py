@@ -430,6 +430,6 @@ def told_when_full(what: str, folder: Path, kept: str) -> Iterator[None]:
         full = any(getattr(error, 'errno', None) == number or os.strerror(number) in str(error)
                    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         if isinstance(error, InputError) or not full: raise
-        written = sum(path.stat().st_size for path in contents(folder).values())
-        raise InputError(f'{what} does not fit on the disk: after {written:,} bytes in {folder}, {free_bytes(folder):,} are free. {kept} '
+        size = sum(path.stat().st_size for path in contents(folder).values())
+        raise InputError(f'{what} does not fit on the disk: after {size:,} bytes in {folder}, {free_bytes(folder):,} are free. {kept} '
                          f'Free some space and start again.') from error

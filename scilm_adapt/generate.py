@@ -17,9 +17,9 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from .decoding import (DECODERS, Reader, check_dials, check_mask, check_room, contrastive_search,   # noqa: F401
+from .decoding import (DECODERS, Reader, check_mask, check_room, check_settings, contrastive_search,   # noqa: F401
                                   next_probabilities, pick, plain, sample, write)
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .models import LanguageModel, logits_of
 from .runs import rng
 from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, end_of_turn, pad, render
@@ -124,9 +124,9 @@ def halt_ids(lm: LanguageModel) -> list[int]:
     halts = set(stop_ids(lm))
     if lm.tokenizer.chat_template:
         pieces = [piece for piece in render(lm.tokenizer, [dict(role='user', content='a')]) if isinstance(piece, str)]
-        written = {i for piece in pieces for i in lm.tokenizer(piece, add_special_tokens=False)['input_ids']}
+        turn_ids = {i for piece in pieces for i in lm.tokenizer(piece, add_special_tokens=False)['input_ids']}
         marks = {i for token, i in control_tokens(lm.tokenizer).items() if OPENED.fullmatch(token) or CLOSED.fullmatch(token)}
-        halts |= written & set(control_tokens(lm.tokenizer).values()) - marks  # a system prompt may speak of thoughts
+        halts |= turn_ids & set(control_tokens(lm.tokenizer).values()) - marks  # a system prompt may speak of thoughts
     return sorted(halts)
 
 # %% ../nbs/20_generate.ipynb #86556b18
@@ -179,14 +179,14 @@ def to_answer(lm: LanguageModel, ids: list[int], halts: list[int], stops: list[i
 # %% ../nbs/20_generate.ipynb #511a8af1
 def check_prompts(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
     "InputError when these prompts cannot be continued by so many tokens, or a dial is out of its range."
-    check_dials(max_new_tokens, temperature, top_p)
+    check_settings(max_new_tokens, temperature, top_p)
     if not all(prompts): raise InputError('A prompt is empty, so there is nothing to continue; give at least one token.')
     check_room(max(map(len, prompts), default=0), max_new_tokens, lm.context, lm.name)
 
 # %% ../nbs/20_generate.ipynb #71c738e7
 def continued(lm: LanguageModel, prompts: list[list[int]], halts: list[int], chance: Callable[[int], np.random.Generator], batch_size: int,
-              decode: Callable[..., torch.Tensor] = sample, **dials) -> Iterator[dict[int, list[int]]]:
-    """What `decode` (one of `DECODERS`, or `sample`), with its `dials`, writes after the prompts: by the prompt's number the new ids.
+              decode: Callable[..., torch.Tensor] = sample, **settings) -> Iterator[dict[int, list[int]]]:
+    """What `decode` (one of `DECODERS`, or `sample`), with its `settings`, writes after the prompts: by the prompt's number the new ids.
 
     They come batch by batch, and batch n draws by `chance(n)`. The longest prompts come first: memory is asked for at once.
     """
@@ -195,14 +195,14 @@ def continued(lm: LanguageModel, prompts: list[list[int]], halts: list[int], cha
         chosen = order[at:at + batch_size]
         batch = pad([prompts[n] for n in chosen], halts[0], left=True)
         generator = torch.Generator().manual_seed(int(chance(number).integers(2**62)))
-        ids = decode(lm.model, **batch, eos_token_id=halts, generator=generator, **dials)
+        ids = decode(lm.model, **batch, eos_token_id=halts, generator=generator, **settings)
         yield dict(zip(chosen, ids[:, batch['input_ids'].shape[1]:].tolist()))
 
 
 def answers_of(lm: LanguageModel, batches: Iterator[dict[int, list[int]]], count: int, halts: list[int], stops: list[int],
                description: str, begun: list[bool] | None = None) -> list[Answer]:
     "The `count` answers in what `continued` yields, in order; `begun` says which prompts end within thoughts (None: none does)."
-    answers, tokens, bar = {}, 0, progress(count, description, 'answer')
+    answers, tokens, bar = {}, 0, progress_bar(count, description, 'answer')
     for rows in batches:
         answers |= {n: to_answer(lm, row, halts, stops, bool(begun and begun[n])) for n, row in rows.items()}
         tokens += sum(len(answers[n].ids) for n in rows)
@@ -223,8 +223,8 @@ def respond(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int = 6
     check_prompts(lm, prompts, max_new_tokens, temperature, top_p)
     stops, begun = stop_ids(lm), [leaves_open(lm, prompt) for prompt in prompts]
     halts = stops if thinking else halt_ids(lm)
-    dials = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    batches = continued(lm, prompts, halts, lambda number: rng('respond', seed, number), batch_size, **dials)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    batches = continued(lm, prompts, halts, lambda number: rng('respond', seed, number), batch_size, **settings)
     return answers_of(lm, batches, len(prompts), halts, stops, description or 'answering', begun)
 
 # %% ../nbs/20_generate.ipynb #2fb556c0
@@ -260,12 +260,12 @@ def stream(lm: LanguageModel, prompt_ids: list[int], max_new_tokens: int = 200, 
     "Pieces of the answer to one prompt as they come: joined, its text; never half a letter, nor thoughts. Errors as in `respond`."
     check_prompts(lm, [prompt_ids], max_new_tokens, temperature, top_p)
     halts, begun = halt_ids(lm), leaves_open(lm, prompt_ids)
-    written, text, shown = [], '', 0
+    token_ids, text, shown = [], '', 0
     with plain(lm.model):
         for _, token in zip(range(max_new_tokens), next_tokens(lm, prompt_ids, temperature, top_p, seed)):
             if token in halts: break
-            written.append(token)
-            text = spoken(lm, written, halts, begun, False)[1]
+            token_ids.append(token)
+            text = spoken(lm, token_ids, halts, begun, False)[1]
             if any(mark.startswith(text) for mark in THOUGHTS): continue  # perhaps the beginning of thoughts
             whole = len(text.rstrip('\ufffd'))
             if whole > shown: yield text[shown:whole]

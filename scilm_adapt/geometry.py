@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['by_document', 'token_pairs', 'check_states', 'unit_states', 'isotropy', 'alignment', 'uniformity', 'half_means',
-           'hinge', 'check_margin', 'pair_hinge', 'TokenHinge', 'drawn', 'token_contrast', 'states_of', 'probe',
-           'token_weight', 'weight_reason', 'similarities', 'similarity_figure']
+           'hinge', 'check_margin', 'pair_hinge', 'TokenHinge', 'sampled_tokens', 'token_contrast', 'states_of',
+           'probe', 'token_weight', 'weight_reason', 'similarities', 'similarity_figure']
 
 # %% ../nbs/21_geometry.ipynb #b50e8e4c
 import torch
@@ -145,7 +145,7 @@ class TokenHinge(torch.autograd.Function):
     def backward(ctx, incoming): return (incoming*ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), *[None]*6
 
 
-def drawn(segments: torch.Tensor, tokens: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def sampled_tokens(segments: torch.Tensor, tokens: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "Which tokens [B, L] are drawn, up to `tokens` of each row, and how often each pair of a row [B] then counts."
     noise = torch.rand(segments.shape, device=segments.device, generator=generator).masked_fill(segments == 0, 2.0)
     size = (segments > 0).sum(1)
@@ -171,7 +171,7 @@ def token_contrast(hidden: torch.Tensor, segments: torch.Tensor, margin: float =
     ranks, kind = torch.arange(len(places), device=places.device), torch.promote_types(hidden.dtype, torch.float32)
     weights = hidden.new_ones(len(places), dtype=kind)
     if tokens is not None:
-        chosen, often = drawn(segments, tokens, generator)
+        chosen, often = sampled_tokens(segments, tokens, generator)
         kept = chosen.flatten()[places]
         places, numbers, ranks = places[kept], numbers[kept], ranks[kept]
         weights = often[places//segments.shape[1]].to(kind)

@@ -27,7 +27,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from .cleaning import language
-from .duplicates import Evaluation, Seen, fingerprint, read_evaluation, signature, texts_in
+from .duplicates import EvaluationSet, Seen, fingerprint, read_evaluation_texts, signature, texts_in
 from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, send, text_request, to_answer, usage_of
 from .errors import InputError, say
 from .files import (Damaged, check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, verified,
@@ -482,7 +482,7 @@ def refusal_of(chat: dict, paper: dict) -> tuple[str, str]:
 @dataclass
 class QualityFilter:
     "Decides about candidates, counts its verdicts by split, and keeps samples of what it refused."
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationSet | None = None
     judge: Callable[[dict, dict], tuple[str, str]] = refusal_of  # of a candidate and its paper: what refuses it, and why
     repeats: bool = False                            # whether what repeats is kept
     seen: set[str] = field(default_factory=set)      # fingerprints of questions, and of a teacher's answers
@@ -662,10 +662,10 @@ def build(papers: str | Path | dict | list, folder: str | Path, teacher: Languag
     return report
 
 
-def evaluation_set(sources: Iterable[str]) -> Evaluation | None:
+def evaluation_set(sources: Iterable[str]) -> EvaluationSet | None:
     "What must not be in a set; None if nothing is named."
     sources = list(sources)
-    return Evaluation(read_evaluation(sources)) if sources else None
+    return EvaluationSet(read_evaluation_texts(sources)) if sources else None
 
 
 def earlier_answers(place: Path, folder: Path) -> Path:

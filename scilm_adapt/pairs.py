@@ -344,26 +344,26 @@ MISSING = dict(title='has a title; name the field that holds the titles with tit
                halves="has two sentences to part", first='has two sentences', topic='shares its first topic with another')
 
 
-def check_pairs(dials: Pairs, papers: Sequence[dict]) -> dict[str, list[int]]:
+def check_pairs(settings: Pairs, papers: Sequence[dict]) -> dict[str, list[int]]:
     "For each view the numbers of the papers that have it; InputError, which names the dial to change, when these pairs cannot be made."
-    for name, chosen, known in [('views', view, VIEWS) for view in dials.views or ('',)] + [('pooling', dials.pooling, POOLINGS)]:
+    for name, chosen, known in [('views', view, VIEWS) for view in settings.views or ('',)] + [('pooling', settings.pooling, POOLINGS)]:
         if chosen not in known: raise InputError(f"Pairs({name}=…) names {chosen!r}; choose of {', '.join(known)}.")
     for name, least in dict(batch=2, length=2, chunk=1, hard=0).items():
-        if (value := getattr(dials, name)) is not None and value < least:
+        if (value := getattr(settings, name)) is not None and value < least:
             raise InputError(f"Pairs({name}={value}) is too few" + ': a pair alone has no wrong answer'*(name == 'batch') +
                              f'; set {name} to at least {least}.')
-    if not dials.temperature > 0: raise InputError(f'Pairs(temperature={dials.temperature}) must be above 0; 0.05 is usual.')
-    if dials.batch < (ranks := int(os.environ.get('WORLD_SIZE', 1))):  # set by whatever launches several processes
-        raise InputError(f'Pairs(batch={dials.batch}) gives some of {ranks} processes no pair; set batch to at least {ranks}.')
-    if dials.hard and 'topic' in dials.views:
+    if not settings.temperature > 0: raise InputError(f'Pairs(temperature={settings.temperature}) must be above 0; 0.05 is usual.')
+    if settings.batch < (ranks := int(os.environ.get('WORLD_SIZE', 1))):  # set by whatever launches several processes
+        raise InputError(f'Pairs(batch={settings.batch}) gives some of {ranks} processes no pair; set batch to at least {ranks}.')
+    if settings.hard and 'topic' in settings.views:
         raise InputError("Pairs(hard=…) makes papers of a field wrong answers, and the view 'topic' right ones; use one only.")
-    found = {view: members(view, papers) for view in dials.views}
+    found = {view: members(view, papers) for view in settings.views}
     for view, numbers in found.items():
         if len(numbers) < 2:
             raise InputError(f"There are no pairs of the view '{view}': {'only one' if numbers else 'none'} of the papers {MISSING[view]}, "
                              f"or leave '{view}' out of Pairs(views=…), or set pairs_weight to 0.")
-        if dials.hard > (most := min(WINDOW[1], len(numbers) - 1) - WINDOW[0] + 1):
-            raise InputError(f'Pairs(hard={dials.hard}) is more than the {max(0, most)} similar papers there are; set hard to that.')
+        if settings.hard > (most := min(WINDOW[1], len(numbers) - 1) - WINDOW[0] + 1):
+            raise InputError(f'Pairs(hard={settings.hard}) is more than the {max(0, most)} similar papers there are; set hard to that.')
     return found
 
 # %% ../nbs/22_pairs.ipynb #f6ab85b9
@@ -374,25 +374,25 @@ def circles(labels: Sequence[str], *address: object) -> dict[int, int]:
     return {one: other for ring in rings.values() for one, other in zip(ring, ring[1:] + ring[:1])}
 
 
-def view_maker(tokenizer, papers: Sequence[dict], view: str, numbers: Sequence[int], dials: Pairs,
+def view_maker(tokenizer, papers: Sequence[dict], view: str, numbers: Sequence[int], settings: Pairs,
                seed: int) -> Callable[[int], dict[str, Together]]:
     "`pairs_at(turn)`: the batch of pairs (see `pair_batch`) for the n-th turn of a view that the papers `numbers` have."
-    near = neighbours([papers[number] for number in numbers]) if dials.hard else None
-    fields = [field_of(papers[number]) for number in numbers] if view == 'topic' and not dials.shuffled else ['']*len(numbers)
+    near = neighbours([papers[number] for number in numbers]) if settings.hard else None
+    fields = [field_of(papers[number]) for number in numbers] if view == 'topic' and not settings.shuffled else ['']*len(numbers)
     @lru_cache(2)
-    def partners(epoch: int) -> dict[int, int]: return circles(fields, 'partners', seed, view, 0 if dials.shuffled else epoch)
+    def partners(epoch: int) -> dict[int, int]: return circles(fields, 'partners', seed, view, 0 if settings.shuffled else epoch)
     def pairs_at(turn: int) -> dict[str, Together]:
         record = lambda place: papers[numbers[place]]
-        places = batch_rows(len(numbers), dials.batch, turn, seed)
-        paired = view == 'topic' or dials.shuffled
-        others = [record(partners(turn*dials.batch//len(numbers))[place]) for place in places] if paired else None
-        drawn = rng('hard', seed, turn) if dials.hard else None
-        hard = [record(other) for place in places for other in drawn.choice(near(place), dials.hard, replace=False)] if drawn else []
-        return pair_batch(tokenizer, list(map(record, places)), dials.length, view, others, hard)
+        places = batch_rows(len(numbers), settings.batch, turn, seed)
+        paired = view == 'topic' or settings.shuffled
+        others = [record(partners(turn*settings.batch//len(numbers))[place]) for place in places] if paired else None
+        generator = rng('hard', seed, turn) if settings.hard else None
+        hard = [record(n) for place in places for n in generator.choice(near(place), settings.hard, replace=False)] if generator else []
+        return pair_batch(tokenizer, list(map(record, places)), settings.length, view, others, hard)
     return pairs_at
 
 
-def pair_maker(tokenizer, papers: Sequence[dict], dials: Pairs, seed: int) -> Callable[[int], dict[str, Together]]:
+def pair_maker(tokenizer, papers: Sequence[dict], settings: Pairs, seed: int) -> Callable[[int], dict[str, Together]]:
     "`pairs_at(step)`: what `pair_loss` finds in the batch of a step; InputError as in `check_pairs`."
-    makers = [view_maker(tokenizer, papers, view, numbers, dials, seed) for view, numbers in check_pairs(dials, papers).items()]
+    makers = [view_maker(tokenizer, papers, view, numbers, settings, seed) for view, numbers in check_pairs(settings, papers).items()]
     return lambda step: makers[step % len(makers)](step//len(makers))

@@ -26,8 +26,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from .cleaning import clean, without_rules
-from .duplicates import Evaluation, Seen, decontaminate, deduplicate, fingerprint, read_evaluation, signature, texts_in  # noqa: F401
-from .errors import InputError, progress, say
+from .duplicates import (EvaluationSet, Seen, decontaminate, deduplicate, fingerprint, read_evaluation_texts,  # noqa: F401
+                                    signature, texts_in)
+from .errors import InputError, progress_bar, say
 from .files import check_apart, check_free, content_hash, file_hash, read_json, staged_folder, write_json
 from .installed import installed_docs
 from .reading import Refused, Row
@@ -241,7 +242,7 @@ class Checked:
     signature: object = None
 
 
-def check(entry: Row | Refused, given: dict[str, str], without: Collection[str], evaluation: Evaluation | None) -> Checked:
+def check(entry: Row | Refused, given: dict[str, str], without: Collection[str], evaluation: EvaluationSet | None) -> Checked:
     "The row as a cleaned record with its signature, or why it is quarantined, filtered or decontaminated."
     record = refused(entry, given)
     if isinstance(record, Refused): return Checked(entry.file, entry.line, None, 'quarantined', record.reason, record.raw)
@@ -358,14 +359,14 @@ def save_dataset(folder: Path, files: dict[str, Path]) -> None:
 
 
 def build_into(folder: Path, sources: Iterable[str], seen: Seen, *, title_field: str = '', text_field: str = '', encoding: str = 'utf-8',
-               strict: bool = False, without: Collection[str] = (), evaluation: Evaluation | None = None, limit: int | None = None,
+               strict: bool = False, without: Collection[str] = (), evaluation: EvaluationSet | None = None, limit: int | None = None,
                workers: int | None = None) -> dict:
     "What `build` does, in an existing empty `folder`; records like those already `seen` count as duplicates."
     ledger, writers = Ledger(folder), arrow_writers(folder)
     found = (entry for source in sources for entry in entries(source, encoding, limit))
     job = (dict(title=title_field, text=text_field), without_rules(without), evaluation)
     try:
-        for row in progress(stream(found, job, workers or os.cpu_count() or 1), 'papers', ' records'):
+        for row in progress_bar(stream(found, job, workers or os.cpu_count() or 1), 'papers', ' records'):
             if strict and row.outcome == 'quarantined': raise InputError(f'{row.file}:{row.line}: {row.reason}.')
             if row.outcome == 'kept' and (match := seen.find(row.record, row.signature)):
                 row.outcome, row.reason = 'duplicates', f'{match.how} of {match.id}, similarity {match.similarity:.2f}'
@@ -399,7 +400,7 @@ def build(folder: str | Path, sources: Iterable[str], *, evaluation: Iterable[st
     paths, sources = list(evaluation), list(sources)
     check_apart(folder, places_of([*sources, *paths]))
     check_free(folder)
-    held_out = Evaluation(read_evaluation(paths)) if paths else None
+    held_out = EvaluationSet(read_evaluation_texts(paths)) if paths else None
     with staged_folder(folder) as aside: return build_into(aside, sources, Seen(), evaluation=held_out, **options)
 
 
@@ -457,7 +458,7 @@ def prepare(run: Run, papers: str = 'installed-docs', general: str = 'installed-
     """
     say('papers: read, clean, drop repeats, split')
     def build_both(folder: Path) -> None:
-        seen, held_out, summary = Seen(), Evaluation(read_evaluation([evaluation])) if evaluation else None, {}
+        seen, held_out, summary = Seen(), EvaluationSet(read_evaluation_texts([evaluation])) if evaluation else None, {}
         for side, source, title, text in (('science', papers, title_field, text_field), ('general', general, '', '')):
             (folder/side).mkdir()
             report = build_into(folder/side, [source], seen, title_field=title, text_field=text, limit=limit, evaluation=held_out)

@@ -23,8 +23,8 @@ from .generate import answer_bits, chat_prompt, respond
 from .intervals import Metric, Subject
 from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary, shared_vocabulary
 from .remote import local_model
-from .tokens import (control_tokens, document_ends, encode_chat, end_of_turn, mark, named_templates, opening, settled,
-                                written)
+from .tokens import (apply_template, control_tokens, document_ends, encode_chat, end_of_turn, mark, named_templates, opening,
+                                settled)
 
 # %% ../nbs/32_preflight.ipynb #1f425c80
 def compared(check: str, student: LanguageModel, teacher: LanguageModel | None, of: Callable, show: Callable = str, unequal: str = '',
@@ -105,8 +105,9 @@ def template_problem(student: LanguageModel, teacher: LanguageModel | None, advi
 def prompt_ends(lm: LanguageModel) -> dict[str, str] | None:
     "What stands before an answer as the template is 'asked', as it was 'learnt', and 'here' for both; and the 'form' of contents."
     try:
-        asked, form = written(lm.tokenizer, EXAMPLE[:1], add_generation_prompt=True)
-        texts = dict(asked=asked, learnt=written(lm.tokenizer, EXAMPLE)[0].rpartition(mark(1))[0], here=opening(lm.tokenizer, EXAMPLE[:1]))
+        asked, form = apply_template(lm.tokenizer, EXAMPLE[:1], add_generation_prompt=True)
+        texts = dict(asked=asked, learnt=apply_template(lm.tokenizer, EXAMPLE)[0].rpartition(mark(1))[0],
+                     here=opening(lm.tokenizer, EXAMPLE[:1]))
     except InputError: return None  # the line on the example says why
     return {name: text.rpartition(mark(0))[2] for name, text in texts.items()} | dict(form=form)
 

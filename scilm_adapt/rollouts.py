@@ -158,7 +158,7 @@ def packed_chats(tokenizer, chats: list[dict], conversations: Packed) -> list[di
 def packed_document(conversations: Packed, document: int) -> tuple[list[int], list[int]]:
     "Ids and marks of a packed document."
     part = slice(*conversations.tokens.starts[document:document + 2])
-    marks = np.ones(part.stop - part.start, int) if conversations.learnt is None else conversations.learnt[part]
+    marks = np.ones(part.stop - part.start, int) if conversations.token_loss_mask is None else conversations.token_loss_mask[part]
     return conversations.tokens.ids[part].tolist(), marks.astype(int).tolist()
 
 # %% ../nbs/33_rollouts.ipynb #0e33a002

@@ -18,7 +18,7 @@ from torch import nn
 
 from .decoding import Reader
 from .divergence import chunk_size
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .generate import Answer, check_prompts, halt_ids, next_probabilities, plain, stop_ids, to_answer
 from .models import LanguageModel, adopt_chat, logits_of, same_vocabulary
 from .runs import rng
@@ -139,7 +139,7 @@ def proxy_respond(teacher: OpenTeacher, prompts: list[list[int]], max_new_tokens
     for lm, _ in parts: check_prompts(lm, prompts, max_new_tokens, temperature, top_p)
     lm = parts[0][0]
     stops, halts, order = stop_ids(lm), halt_ids(lm), sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    answers, bar = {}, progress(len(prompts), description or 'answering', 'answer')
+    answers, bar = {}, progress_bar(len(prompts), description or 'answering', 'answer')
     with ExitStack() as settings:
         for model, _ in parts: settings.enter_context(plain(model.model))
         for at in range(0, len(order), batch_size):
@@ -162,7 +162,7 @@ def proxy_nats(teacher: OpenTeacher, documents: list[list[int]], masks: list[lis
     """
     context = min(context, *(lm.context for lm, _ in teacher.summands()), teacher.lm.context)
     packed, nats = pack(documents, context, masks), np.zeros(len(documents))
-    for at in progress(range(0, len(packed), 4), description, 'batch'):
+    for at in progress_bar(range(0, len(packed), 4), description, 'batch'):
         rows = list(range(at, min(at + 4, len(packed))))
         batch, arrays = packed.batch(rows), packed.arrays(rows)
         mask = arrays['loss_mask'][:, 1:]

@@ -22,7 +22,7 @@ import torch
 from .alignment import Teacher
 from .divergence import (Divergence, Head, chunk_size, common_rows, floored, head_loss, head_of, loss_rows, make_divergence,
                                     sparse_loss)
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .files import check_free, content_hash, file_hash, hashed, read_json, write_json
 from .models import LanguageModel, hidden_states, mixed_precision, shared_vocabulary, weights_hash
 from .runs import rng
@@ -187,9 +187,9 @@ def record(how: str, k: int, vocabulary: int) -> np.dtype:
 def numbered(packed: Packed) -> Packed:
     "The same rows with each learnt token's address in place of its id: its number among all that are learnt, in document order."
     starts = packed.tokens.starts
-    loss_mask = np.ones(len(packed.tokens.ids), bool) if packed.learnt is None else packed.learnt.copy()
+    loss_mask = np.ones(len(packed.tokens.ids), bool) if packed.token_loss_mask is None else packed.token_loss_mask.copy()
     loss_mask[starts[:-1][np.diff(starts) > 0]] = False  # nothing predicts a document's first token
-    return replace(packed, tokens=Tokens(np.cumsum(loss_mask) - 1, starts), learnt=loss_mask)
+    return replace(packed, tokens=Tokens(np.cumsum(loss_mask) - 1, starts), token_loss_mask=loss_mask)
 
 
 def addresses(packed: Packed) -> Callable[[list[int]], torch.Tensor]:
@@ -201,7 +201,7 @@ def addresses(packed: Packed) -> Callable[[list[int]], torch.Tensor]:
 def data_hash(packed: Packed) -> str:
     "Hash of the token ids, of what is learnt, and of the pieces in which documents are read; not of the rows these lie in."
     order, digest = np.argsort(packed.starts, kind='stable'), hashlib.sha256()
-    loss_mask = np.zeros(0, bool) if packed.learnt is None else packed.learnt
+    loss_mask = np.zeros(0, bool) if packed.token_loss_mask is None else packed.token_loss_mask
     for array, kind in ((packed.tokens.ids, '<u4'), (packed.tokens.starts, '<i8'), (packed.starts[order], '<i8'),
                         (packed.lengths[order], '<i8'), (loss_mask, 'u1')):
         digest.update(len(array).to_bytes(8, 'little'))
@@ -211,7 +211,7 @@ def data_hash(packed: Packed) -> str:
 # %% ../nbs/30_teacher.ipynb #47699d69
 def shards_of(packed: Packed, size: int) -> list[Packed]:
     "The pieces in document order, cut where another `size` targets have begun; each part in rows of its own."
-    order, before = np.argsort(packed.starts, kind='stable'), np.r_[0, np.cumsum(numbered(packed).learnt)]
+    order, before = np.argsort(packed.starts, kind='stable'), np.r_[0, np.cumsum(numbered(packed).token_loss_mask)]
     counts = (before[packed.starts + packed.lengths] - before[packed.starts + 1])[order]
     parts = []
     for pieces in np.split(order, np.flatnonzero(np.diff((np.cumsum(counts) - counts)//size)) + 1):
@@ -229,7 +229,7 @@ def uniforms(packed: Packed, numbers: Packed, seed: int) -> tuple[int, np.ndarra
         begin, end = numbers.tokens.starts[owner:owner + 2]
         pieces = packed.owners == owner
         first, last = packed.starts[pieces].min() + 1, (packed.starts + packed.lengths)[pieces].max()
-        places = np.flatnonzero(numbers.learnt[first:last]) + first
+        places = np.flatnonzero(numbers.token_loss_mask[first:last]) + first
         found.append((numbers.tokens.ids[places], rng('targets', seed, owner).random(end - begin)[places - begin]))
     return int(found[0][0][0]), np.concatenate([numbers_drawn for _, numbers_drawn in found])
 
@@ -337,7 +337,7 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     else:
         for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
     parts, numbers = shards_of(packed, shard), numbered(packed)
-    for number, part in enumerate(progress(parts, 'asking the teacher', 'shard')):
+    for number, part in enumerate(progress_bar(parts, 'asking the teacher', 'shard')):
         file = folder/f'shard-{number:05}.bin'
         if not damage(file, about['shards'].get(file.name)): continue
         records, statistics = asked(teacher, part, numbers, k, how, seed, temperature, size)

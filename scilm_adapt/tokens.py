@@ -7,7 +7,7 @@ __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'CHATML', 'DAY', 'OPTION', 
            'THOUGHTS', 'CONTENTS', 'USEFUL', 'train_tokenizer', 'control_tokens', 'spell', 'as_content', 'batches',
            'tokenised', 'encode_stream', 'encode_many', 'encode', 'document_ends', 'encode_documents',
            'encode_document', 'clock', 'of_model', 'named_templates', 'template_of', 'parse_options', 'options_of',
-           'set_options', 'write_options', 'literal', 'mark', 'written', 'pieces_of', 'render', 'opening',
+           'set_options', 'write_options', 'literal', 'mark', 'apply_template', 'pieces_of', 'render', 'opening',
            'conversation', 'taught', 'Place', 'lay_out', 'encode_chat', 'end_of_turn', 'settled', 'Tokens',
            'write_tokens', 'read_tokens', 'reading_of', 'tokenizer_hash', 'store_tokens', 'Gaps', 'best_fit', 'pour',
            'Packed', 'runs', 'laid_out', 'pack', 'documents_in', 'shuffled', 'batch_rows', 'pad']
@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .errors import InputError, progress
+from .errors import InputError, progress_bar
 from .files import content_hash, read_json, write_json
 from .runs import Run, rng, stage
 
@@ -148,13 +148,13 @@ def clock(day: str) -> str:
     try: when = date.fromisoformat(str(day))
     except ValueError: raise InputError(f"strftime_now is '{day}'; give a day, such as {DAY}.") from None
     month, weekday = MONTHS[when.month - 1], WEEKDAYS[when.weekday()]
-    told = {'%Y': when.year, '%y': f'{when.year % 100:02}', '%m': f'{when.month:02}', '%-m': when.month, '%d': f'{when.day:02}',
+    replacements = {'%Y': when.year, '%y': f'{when.year % 100:02}', '%m': f'{when.month:02}', '%-m': when.month, '%d': f'{when.day:02}',
             '%-d': when.day, '%e': f'{when.day:2}', '%B': month, '%b': month[:3], '%h': month[:3], '%A': weekday, '%a': weekday[:3],
             '%j': when.strftime('%j'), '%u': when.isoweekday(), '%F': when.isoformat(), '%D': when.strftime('%m/%d/%y'),
             '%x': when.strftime('%m/%d/%y'), '%H': '00', '%-H': 0, '%I': '12', '%-I': 12, '%M': '00', '%S': '00', '%f': '000000',
             '%p': 'AM', '%T': '00:00:00', '%X': '00:00:00', '%R': '00:00', '%Z': '', '%z': '',
             '%c': f'{weekday[:3]} {month[:3]} {when.day:2} 00:00:00 {when.year}', '%%': '%'}
-    steps = ''.join(f' | replace({json.dumps(name)}, {json.dumps(str(value))})' for name, value in told.items())
+    steps = ''.join(f' | replace({json.dumps(name)}, {json.dumps(str(value))})' for name, value in replacements.items())
     return f'{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}{{# option #}}\n'
 
 
@@ -252,7 +252,7 @@ def mark(number: int) -> str:
     return f'\ue000{number}\ue001'
 
 
-def written(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, str]:
+def apply_template(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[str, str]:
     "The chat template's text with marks for contents, and which of `CONTENTS` it takes; InputError when it cannot write that."
     template, texts, fault, marks = template_of(tokenizer), {}, None, [mark(number) for number in range(len(messages))]
     def found(form: str) -> int: return sum(sign in texts[form] for sign in marks)
@@ -270,13 +270,13 @@ def written(tokenizer, messages: list[dict], add_generation_prompt: bool = False
 
 
 def pieces_of(text: str) -> list[str | int]:
-    "A text of `written` in pieces: the template's own texts, and the message's number for each mark."
+    "A text of `apply_template` in pieces: the template's own texts, and the message's number for each mark."
     return [int(piece[1:-1]) if piece[0] == '\ue000' else piece for piece in re.split('(\ue000\\d+\ue001)', text) if piece]
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> list[str | int]:
     "The chat template's own texts, with the message's number in place of each message's content."
-    return pieces_of(written(tokenizer, messages, add_generation_prompt)[0])
+    return pieces_of(apply_template(tokenizer, messages, add_generation_prompt)[0])
 
 
 def opening(tokenizer, messages: list[dict], finished: str | None = None) -> str:
@@ -285,10 +285,10 @@ def opening(tokenizer, messages: list[dict], finished: str | None = None) -> str
     `finished` is what the template writes before an answer that is there, if that is known.
     """
     if finished is None:
-        try: finished = written(tokenizer, [*messages, dict(role='assistant', content='')])[0].rpartition(mark(len(messages)))[0]
+        try: finished = apply_template(tokenizer, [*messages, dict(role='assistant', content='')])[0].rpartition(mark(len(messages)))[0]
         except InputError: finished = ''
     if not messages: return finished
-    asked = written(tokenizer, messages, True)[0]
+    asked = apply_template(tokenizer, messages, True)[0]
     added = finished[len(asked):] if finished.startswith(asked) else ''
     if added.strip(' '): return finished  # blanks alone belong to the answer's first word
     closing = next((THOUGHTS[start] for start in THOUGHTS if asked.rstrip().endswith(start)), '')
@@ -298,7 +298,7 @@ def opening(tokenizer, messages: list[dict], finished: str | None = None) -> str
 def conversation(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     "The text of a conversation with marks for contents: its last answer, or with `add_generation_prompt` the next, behind its `opening`."
     if add_generation_prompt: text = opening(tokenizer, messages)
-    else: text = written(tokenizer, messages)[0]
+    else: text = apply_template(tokenizer, messages)[0]
     for number, message in enumerate(messages):
         if mark(number) not in text:
             raise InputError(f"The chat template{of_model(tokenizer)} leaves out what the {message['role']} says; take the template of an "
@@ -323,24 +323,24 @@ class Place:
     start: int
     stop: int
     over: int
-    learnt: bool
+    in_loss: bool
 
 
 def lay_out(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[Place]]:
     "Token ids of a conversation, and the place of each answer in it."
     controls = set(control_tokens(tokenizer).values()) | {tokenizer.eos_token_id}
     text = conversation(tokenizer, messages, add_generation_prompt)
-    learnt, ids, places, answer, span = taught(tokenizer, messages, text), [], {}, None, (0, 0)
+    in_loss, ids, places, answer, span = taught(tokenizer, messages, text), [], {}, None, (0, 0)
     for piece in pieces_of(text):
         if isinstance(piece, int): new = encode(tokenizer, messages[piece]['content'])
         else: new = tokenizer(piece, add_special_tokens=False)['input_ids']
         if answer is not None:  # its turn is over with the first control token behind it
             end = 1 + next((n for n, i in enumerate(new) if i in controls), -1) if isinstance(piece, str) else 0
-            places[answer] = Place(answer, *span, span[1] + end, answer in learnt)
+            places[answer] = Place(answer, *span, span[1] + end, answer in in_loss)
         answer = piece if isinstance(piece, int) and messages[piece]['role'] == 'assistant' else None
         span = len(ids), len(ids) + len(new)
         ids += new
-    if answer is not None: places[answer] = Place(answer, *span, span[1], answer in learnt)
+    if answer is not None: places[answer] = Place(answer, *span, span[1], answer in in_loss)
     return ids, [places[number] for number in sorted(places)]
 
 
@@ -350,8 +350,8 @@ def encode_chat(tokenizer, messages: list[dict], add_generation_prompt: bool = F
     `messages` are {'role', 'content'}; with `add_generation_prompt` the assistant's next turn is opened, exactly as it is learnt.
     """
     ids, places = lay_out(tokenizer, messages, add_generation_prompt)
-    learnt = {n for place in places if place.learnt for n in range(place.start, place.over)}
-    return ids, [int(n in learnt) for n in range(len(ids))]
+    in_loss = {n for place in places if place.in_loss for n in range(place.start, place.over)}
+    return ids, [int(n in in_loss) for n in range(len(ids))]
 
 
 def end_of_turn(tokenizer) -> int:
@@ -366,7 +366,7 @@ def end_of_turn(tokenizer) -> int:
 def settled(tokenizer) -> str:
     "The chat template as one text that asks, for everybody, as we do: the clock stands, and the prompt is the `opening`."
     messages, template = [dict(role='user', content='')], template_of(tokenizer)
-    added = opening(tokenizer, messages)[len(written(tokenizer, messages, True)[0]):]
+    added = opening(tokenizer, messages)[len(apply_template(tokenizer, messages, True)[0]):]
     said = json.dumps(added, ensure_ascii=False)
     return template.removesuffix('\n') + f'{{{{ {said} if add_generation_prompt else "" }}}}{{# opening #}}' if added else template
 
@@ -419,7 +419,7 @@ def store_tokens(run: Run, name: str, texts: Iterable[str], tokenizer, parents: 
     "Whole documents as tokens, in run.folder/`name`; made anew when the tokenizer reads otherwise or `parents`, their source, changed."
     vocabulary = 1 + max(tokenizer.get_vocab().values())
     def make(folder: Path) -> None:
-        write_tokens(folder, encode_documents(tokenizer, progress(texts, 'tokenising', 'text')), vocabulary)
+        write_tokens(folder, encode_documents(tokenizer, progress_bar(texts, 'tokenising', 'text')), vocabulary)
     return read_tokens(stage(run, name, dict(reading=reading_of(tokenizer)), make, parents))
 
 # %% ../nbs/13_tokens.ipynb #a92d09cc
@@ -491,7 +491,7 @@ class Packed:
     lengths: np.ndarray
     owners: np.ndarray  # the number of its document
     rows: np.ndarray
-    learnt: np.ndarray | None = None  # for each of tokens.ids, whether it is to be learnt; all, if None
+    token_loss_mask: np.ndarray | None = None  # for each of tokens.ids, whether it is to be learnt; all, if None
 
     def __len__(self) -> int: return len(self.rows) - 1
 
@@ -509,8 +509,8 @@ class Packed:
         free = np.arange(self.length)[None] - np.bincount(row, lengths, len(rows))[:, None]  # padding counts on from 0
         result = dict(position_ids=free.astype(np.int32), input_ids=np.zeros_like(free, np.int32), segments=np.zeros_like(free, np.int16),
                       loss_mask=np.zeros_like(free, bool), documents=np.zeros_like(free, np.int32))
-        learnt = within > 0 if self.learnt is None else (within > 0) & self.learnt[source]
-        given = dict(position_ids=within, input_ids=self.tokens.ids[source], segments=np.repeat(nth + 1, lengths), loss_mask=learnt,
+        in_loss = within > 0 if self.token_loss_mask is None else (within > 0) & self.token_loss_mask[source]
+        given = dict(position_ids=within, input_ids=self.tokens.ids[source], segments=np.repeat(nth + 1, lengths), loss_mask=in_loss,
                      documents=np.repeat(self.owners[pieces], lengths))
         for name, values in given.items(): result[name][at] = values
         return result
@@ -556,22 +556,22 @@ def pack(documents: list[list[int]] | Tokens, length: int, masks: list[list[int]
     """
     if length < 2: raise InputError(f'Rows of {length} token have nothing to predict; set their length to 2 or more.')
     tokens = documents if isinstance(documents, Tokens) else laid_out(documents)
-    learnt = None if masks is None else laid_out(masks).ids.astype(bool)
+    token_loss_mask = None if masks is None else laid_out(masks).ids.astype(bool)
     sizes = np.diff(tokens.starts)
     windows = np.maximum(1, -(-(sizes - 1)//(length - 1)))
     owners, skipped = np.repeat(np.arange(len(tokens), dtype=np.int32), windows), runs(windows)*(length - 1)
     starts, lengths = tokens.starts[owners] + skipped, np.minimum(length, sizes[owners] - skipped).astype(np.int32)
     useful = lengths > 1
-    if learnt is not None:
-        seen = np.cumsum(np.r_[0, learnt])  # how many tokens are learnt before each place
-        useful[useful] = seen[(starts + lengths)[useful]] > seen[starts[useful] + 1]
+    if token_loss_mask is not None:
+        learnt_before = np.cumsum(np.r_[0, token_loss_mask])  # how many tokens are learnt before each place
+        useful[useful] = learnt_before[(starts + lengths)[useful]] > learnt_before[starts[useful] + 1]
     if not useful.any(): raise InputError('There is nothing to learn in these texts: every one is empty or a single token.')
     starts, lengths, owners = starts[useful], lengths[useful], owners[useful]
     row_of = best_fit(lengths, length)
     if share: starts, lengths, owners, row_of = pour(starts, lengths, owners, row_of, length, share)
     order = np.lexsort((-lengths, row_of))  # row by row, the longest first
     rows = np.searchsorted(row_of[order], np.arange(row_of.max() + 2))
-    return Packed(tokens, length, starts[order], lengths[order], owners[order], rows, learnt)
+    return Packed(tokens, length, starts[order], lengths[order], owners[order], rows, token_loss_mask)
 
 
 def documents_in(packed: Packed, rows: list[int]) -> list[int]:

@@ -29,8 +29,8 @@ from accelerate.utils import LoggerType
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoints import Chance, Checkpoints, Moments, Settings, Weights, from_all
-from .errors import InputError, Stopped, progress, stop_gently
+from .checkpoints import Checkpoints, OptimizerState, RngState, Settings, Weights, from_all
+from .errors import InputError, Stopped, progress_bar, stop_gently
 from .files import content_hash, write_json
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision
 from .tokens import pack
@@ -240,8 +240,9 @@ def parts_of(accelerator: Accelerator, model: nn.Module, optimizers: list, so_fa
              state: dict[str, object] | None) -> dict[str, object]:
     "What goes into a checkpoint of a training, by name; the settings come first, so that nothing is loaded when they differ."
     scaler = dict(scaler=accelerator.scaler) if accelerator.scaler is not None else {}
-    moments = {f'optimizer {n}': Moments(optimizer) for n, optimizer in enumerate(optimizers)}
-    return dict(settings=Settings(settings), weights=Weights(model), **moments, **scaler, chance=Chance(), progress=so_far) | (state or {})
+    moments = {f'optimizer {n}': OptimizerState(optimizer) for n, optimizer in enumerate(optimizers)}
+    parts = dict(settings=Settings(settings), weights=Weights(model), **moments, **scaler, chance=RngState(), progress=so_far)
+    return parts | (state or {})
 
 
 def step_of(accelerator: Accelerator, module: nn.Module, optimizers: list, batch: dict, so_far: Progress, limit: Callable[[], float],
@@ -297,7 +298,7 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
     if checkpoints: checkpoints.load(parts)
     def limit() -> float: return float(accelerator.clip_grad_norm_(model.parameters(), clip))
     def skip(wrong: str, step: int) -> None: stop_or_skip(wrong, step, so_far, skip_bad, records_at, description)
-    told, bar = trackers.open(accelerator, description, settings, len(so_far.history)), progress(steps, description, unit='step')
+    told, bar = trackers.open(accelerator, description, settings, len(so_far.history)), progress_bar(steps, description, unit='step')
     with closing(bar), in_training(model, gradient_checkpointing), told, stop_gently() as wished:
         bar.update(len(so_far.history))
         for step in range(len(so_far.history), steps):
@@ -334,7 +335,7 @@ def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[lis
     packed = pack(documents, context := min(context, lm.context), masks)
     rows = rows or min(16, max(1, 2**27//(context*len(lm.tokenizer))))
     device, nats = next(lm.model.parameters()).device, np.zeros(len(documents))
-    for at in progress(range(0, len(packed), rows), description, 'batch'):
+    for at in progress_bar(range(0, len(packed), rows), description, 'batch'):
         numbers = list(range(at, min(at + rows, len(packed))))
         batch = {name: value.to(device) for name, value in packed.batch(numbers).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' and mixed_precision(device) == 'bf16'):

@@ -141,7 +141,7 @@ spent: list[float] = []
 
 @dataclass
 class Child:
-    "A process that works in `folder`; `told` is read from, and what it prints is in `log`."
+    "A process that works in `folder`; `recognised_by` is read from, and what it prints is in `log`."
     pid: int
     told: int
     log: Path

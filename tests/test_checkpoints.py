@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import distributed, nn
 
 from scilm_adapt import checkpoints
-from scilm_adapt.checkpoints import Chance, Checkpoints, Moments, Settings, Weights, flat, restored
+from scilm_adapt.checkpoints import Checkpoints, OptimizerState, RngState, Settings, Weights, flat, restored
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import stamp, verified
 
@@ -118,7 +118,7 @@ def test_optimisers_scaler_and_generators_go_on_where_they_were(tmp_path, optimi
         def fresh():
             model = model_of(0)
             chosen, scaler = optimizer(model.parameters()), torch.amp.GradScaler('cpu', init_scale=2.0**40, growth_interval=2)
-            return (model, chosen, scaler), dict(weights=Weights(model), moments=Moments(chosen), scaler=scaler, chance=Chance())
+            return (model, chosen, scaler), dict(weights=Weights(model), moments=OptimizerState(chosen), scaler=scaler, chance=RngState())
         training, parts = fresh()
         half(*training, 3)
         if broken:
@@ -214,7 +214,7 @@ def test_a_training_that_was_set_otherwise_is_refused(tmp_path):
     other = dict(settings=Settings(dict(steps=10, learning_rate=0.2)), weights=Weights(before := model_of(2)))
     with pytest.raises(InputError, match='made with learning_rate=0.1, and now learning_rate is 0.2'): kept.load(other)
     assert torch.equal(before.weight, model_of(2).weight)
-    with pytest.raises(InputError, match='only one of them has replay'): kept.load(other | dict(replay=Chance()))
+    with pytest.raises(InputError, match='only one of them has replay'): kept.load(other | dict(replay=RngState()))
     with pytest.raises(InputError, match='one of another model: weight differs'):
         kept.load(dict(settings=Settings(dict(steps=10, learning_rate=0.1)), weights=Weights(nn.Linear(8, 9))))
     with pytest.raises(InputError, match='keep is 0'): Checkpoints(tmp_path, keep=0)
@@ -308,7 +308,7 @@ def shared_training(folder: Path, steps: int, saves: int | None = None) -> dict[
     model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.3), nn.Linear(5, 3))
     fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    kept, parts = Checkpoints(folder), dict(weights=Weights(model), moments=Moments(optimizer), chance=Chance())
+    kept, parts = Checkpoints(folder), dict(weights=Weights(model), moments=OptimizerState(optimizer), chance=RngState())
     torch.manual_seed(distributed.get_rank())
     for step in range(kept.load(parts), steps):
         optimizer.zero_grad()
@@ -332,7 +332,7 @@ def test_two_processes_that_share_the_weights_go_on_to_the_same_end(tmp_path, ho
     sizes = [(folder/f'rank-{rank:05}.safetensors').stat().st_size for rank in (0, 1)]
     assert len(set(sizes)) <= 2 and any((tmp_path/'halves').glob('.damaged-step-00000004-*')) == bool(how)
     with pytest.raises(InputError, match='written by 2 processes, and now there are 1; start as many'):
-        Checkpoints(tmp_path/'halves').load(dict(weights=Weights(nn.Linear(6, 5)), moments=Chance(), chance=Chance()))
+        Checkpoints(tmp_path/'halves').load(dict(weights=Weights(nn.Linear(6, 5)), moments=RngState(), chance=RngState()))
 
 
 def test_when_one_of_two_processes_cannot_write_neither_goes_on(tmp_path):

@@ -265,8 +265,8 @@ def test_a_kernel_that_is_told_to_stop_stops_the_run(notebook, number, code):
 
 
 def test_output_streams_and_a_bar_is_stored_once(notebook):
-    small = notebook('from scilm_adapt.errors import progress\nimport time\nprint("now", flush=True)\n'
-                     'for _ in progress(range(25), "bar"): time.sleep(.1)\nprint(time.time())', DONE)
+    small = notebook('from scilm_adapt.errors import progress_bar\nimport time\nprint("now", flush=True)\n'
+                     'for _ in progress_bar(range(25), "bar"): time.sleep(.1)\nprint(time.time())', DONE)
     process = subprocess.Popen([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     seen = next(time.time() for line in process.stdout if line == b'now\n')

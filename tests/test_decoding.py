@@ -270,18 +270,18 @@ def test_contrastive_search_is_its_formula_alone_and_together_in_every_family(na
 
 
 @pytest.mark.parametrize('k, alpha', [(2, 0.3), (6, 0.9), (3, 1.0), (40, 0.6)])
-def test_contrastive_search_is_its_formula_for_other_dials(k, alpha):
+def test_contrastive_search_is_its_formula_for_other_settings(k, alpha):
     model = babble('llama', **SMALL)
     expected = [reference(model, prompt, k, alpha, 5) for prompt in PROMPTS[:2]]
     found = contrastive_search(model, **pad(PROMPTS[:2], 0, left=True), k=k, alpha=alpha, max_new_tokens=5)
     assert of_prompt(found, PROMPTS, 5) == expected
 
 
-@pytest.mark.parametrize('dials', [dict(k=1), dict(alpha=0.0), dict(k=1, alpha=0.0)])
-def test_one_candidate_or_no_contrast_is_greedy(babbler, dials):
+@pytest.mark.parametrize('settings', [dict(k=1), dict(alpha=0.0), dict(k=1, alpha=0.0)])
+def test_one_candidate_or_no_contrast_is_greedy(babbler, settings):
     batch = batch_of(babbler, prompts_of(babbler))
     greedy = sample(babbler.model, **batch, max_new_tokens=10, temperature=0)
-    assert torch.equal(contrastive_search(babbler.model, **batch, **dials, max_new_tokens=10), greedy)
+    assert torch.equal(contrastive_search(babbler.model, **batch, **settings, max_new_tokens=10), greedy)
     nearly = contrastive_search(babbler.model, **batch, max_new_tokens=10, alpha=1e-9)  # through the search itself
     assert torch.equal(nearly, greedy)
 
@@ -393,7 +393,7 @@ def test_what_the_library_was_told_besides_is_refused(lm, settings, named):
         through_library(lm.model, dict(input_ids=torch.tensor([[5, 6]])), max_new_tokens=4, **settings)
 
 
-def test_bad_dials_are_named_within_the_library_too(lm):
+def test_bad_settings_are_named_within_the_library_too(lm):
     with plain(lm.model), pytest.raises(InputError, match='k is 0'):
         through_library(lm.model, dict(input_ids=torch.tensor([[5, 6]])), k=0, max_new_tokens=4)
 

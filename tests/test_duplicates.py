@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from scilm_adapt.duplicates import (
     Buckets,
-    Evaluation,
+    EvaluationSet,
     Seen,
     decontaminate,
     deduplicate,
     fingerprint,
     jaccard,
-    read_evaluation,
+    read_evaluation_texts,
     shingles,
     signature,
     texts_in,
@@ -240,12 +240,12 @@ SHORT = 'How warm is the northern sea?'
 @pytest.mark.parametrize('shared, found', [(13, True), (14, True), (16, True), (12, False)])
 def test_thirteen_words_in_a_row_contaminate_and_twelve_do_not(shared, found):
     text = 'As one asks: ' + ' '.join(LONG.upper().split()[:shared]) + ' and so on, for a long time.'
-    match = Evaluation([LONG]).match(text)
+    match = EvaluationSet([LONG]).match(text)
     assert bool(match) == found and match == (' '.join(words(LONG)[:13]) if found else '')
 
 
 def test_a_changed_word_in_the_middle_breaks_the_run():
-    assert not Evaluation([LONG]).match(LONG.replace('northern', 'southern'))
+    assert not EvaluationSet([LONG]).match(LONG.replace('northern', 'southern'))
 
 
 @pytest.mark.parametrize('text, found', [
@@ -253,21 +253,21 @@ def test_a_changed_word_in_the_middle_breaks_the_run():
     ('How warm is the northern seaside?', False), ('warm is the northern sea', False),
     ('How warm was the northern pole in the wintertime', False), ('How warm really is the northern sea?', False)])
 def test_a_short_text_counts_only_as_a_whole(text, found):
-    assert Evaluation([SHORT, 'How warm was the northern pole in the winter?']).match(text) == (' '.join(words(SHORT)) if found else '')
+    assert EvaluationSet([SHORT, 'How warm was the northern pole in the winter?']).match(text) == (' '.join(words(SHORT)) if found else '')
 
 
 @pytest.mark.parametrize('text', ['', 'Yes.', 'I, II, III and IV', 'the sea is warm now'])
 def test_trivially_short_texts_are_not_looked_for(text):
-    assert not Evaluation([text]).match(f'Here {text} {text} and more words, so that it is long enough for all.')
+    assert not EvaluationSet([text]).match(f'Here {text} {text} and more words, so that it is long enough for all.')
 
 
 def test_an_evaluation_without_texts_matches_nothing():
-    assert not Evaluation([]).match(LONG) and decontaminate([record(LONG)], []) == ([record(LONG)], [])
+    assert not EvaluationSet([]).match(LONG) and decontaminate([record(LONG)], []) == ([record(LONG)], [])
 
 
 def test_russian_evaluation_texts_are_found_in_either_case():
     question = 'Почему вода северного моря в конце августа каждого года становится такой тёплой, как нигде больше?'
-    assert Evaluation([question]).match(f'Известно. {question.upper()}') == ' '.join(words(question)[:13])
+    assert EvaluationSet([question]).match(f'Известно. {question.upper()}') == ' '.join(words(question)[:13])
 
 
 def test_papers_and_chats_lose_what_holds_an_evaluation_text_anywhere():
@@ -279,13 +279,13 @@ def test_papers_and_chats_lose_what_holds_an_evaluation_text_anywhere():
     kept, removed = decontaminate([clean[0], *dirty, clean[1]], [LONG, SHORT])
     assert kept == clean and [r for r, _ in removed] == dirty
     assert [found for _, found in removed] == [' '.join(words(LONG)[:13])]*4 + [' '.join(words(SHORT))]
-    assert decontaminate(dirty, Evaluation([LONG, SHORT]))[0] == []
+    assert decontaminate(dirty, EvaluationSet([LONG, SHORT]))[0] == []
     assert len(decontaminate(dirty, [LONG], n=16)[1]) == 4 and not decontaminate(dirty[:1], [LONG + ' Why?'], n=17)[1]
 
 
 @pytest.mark.parametrize('n', [0, 5, 33])
 def test_a_run_of_too_few_or_too_many_words_is_refused(n):
-    with pytest.raises(InputError, match='n is'): Evaluation([LONG], n)
+    with pytest.raises(InputError, match='n is'): EvaluationSet([LONG], n)
 
 
 def test_texts_are_taken_from_nested_fields_and_not_from_names():
@@ -295,18 +295,18 @@ def test_texts_are_taken_from_nested_fields_and_not_from_names():
 
 
 def test_evaluations_cut_into_words_are_found():
-    assert Evaluation(texts_in(dict(tokens=LONG.split()))).match(LONG)
+    assert EvaluationSet(texts_in(dict(tokens=LONG.split()))).match(LONG)
 
 
 def test_evaluation_files_of_several_forms_are_read(tmp_path):
     row = dict(id='a-1', messages=[dict(role='user', content='From JSON')])
     with gzip.open(tmp_path/'a.jsonl.gz', 'wt') as file: file.write(json.dumps(row))
     (tmp_path/'b.csv').write_text('id,question,answer\n1,"From CSV, quoted",7\n')
-    assert sorted(read_evaluation([str(tmp_path)])) == ['7', 'From CSV, quoted', 'From JSON']
+    assert sorted(read_evaluation_texts([str(tmp_path)])) == ['7', 'From CSV, quoted', 'From JSON']
 
 
 def test_an_evaluation_that_cannot_be_read_stops_the_run(tmp_path):
     (tmp_path/'a.jsonl').write_text('{"question": "Whole?"}\n{"question": "Cut\n')
-    with pytest.raises(InputError, match=r'a\.jsonl:2'): read_evaluation([str(tmp_path/'a.jsonl')])
+    with pytest.raises(InputError, match=r'a\.jsonl:2'): read_evaluation_texts([str(tmp_path/'a.jsonl')])
     (tmp_path/'a.jsonl').write_text('{"number": 3}\n')
-    with pytest.raises(InputError, match='no text'): read_evaluation([str(tmp_path/'a.jsonl')])
+    with pytest.raises(InputError, match='no text'): read_evaluation_texts([str(tmp_path/'a.jsonl')])

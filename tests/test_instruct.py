@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from scilm_adapt import instruct
-from scilm_adapt.duplicates import Evaluation
+from scilm_adapt.duplicates import EvaluationSet
 from scilm_adapt.endpoint import Endpoint, finished
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, seal, write_text
@@ -349,7 +349,7 @@ def test_a_passage_given_back_is_a_copy_and_a_quoted_sentence_is_none():
 
 def test_every_candidate_gets_one_verdict_and_every_refusal_a_reason():
     asked = 'Where do all of the electrons of cold copper bodies go at night?'
-    quality = QualityFilter(Evaluation([asked]))
+    quality = QualityFilter(EvaluationSet([asked]))
     good = chat_of(ENGLISH, GOOD[0][1])
     candidates = [
         (good, 'kept'), (good, 'duplicates'),

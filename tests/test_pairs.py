@@ -295,8 +295,8 @@ def test_hard_negatives_are_drawn_for_each_pair(student):
 
 
 def test_views_take_turns_and_a_batch_is_a_function_of_seed_and_step(student):
-    dials = Pairs(views=('title', 'tldr'), batch=4)
-    make = lambda seed: pair_maker(student.tokenizer, PAPERS, dials, seed)
+    settings = Pairs(views=('title', 'tldr'), batch=4)
+    make = lambda seed: pair_maker(student.tokenizer, PAPERS, settings, seed)
     same = lambda x, y: all(torch.equal(x['pairs'].rows[name], y['pairs'].rows[name]) for name in x['pairs'].rows if 'ids' in name)
     first = make(1)
     for step in (4, 0, 2): first(step)
@@ -315,10 +315,10 @@ def test_views_take_turns_and_a_batch_is_a_function_of_seed_and_step(student):
     (dict(untitled=True), "view 'title'.*none.*title_field"), (dict(untitled=True, views=('tldr',)), "view 'tldr'.*'first'"),
     (dict(untitled=True, views=('topic',)), "view 'topic'.*topic"), (dict(untitled=True, views=('halves',)), "view 'halves'.*sentences")])
 def test_pairs_that_cannot_be_made_are_named_at_once(student, change, named):
-    dials = dict(change)
-    papers = [dict(title='', text=paper['title'], topics=[paper['id']]) for paper in PAPERS] if dials.pop('untitled', False) else PAPERS
-    with pytest.raises(InputError, match=named): check_pairs(Pairs(**dials), papers)
-    with pytest.raises(InputError, match=named): pair_maker(student.tokenizer, papers, Pairs(**dials), 0)
+    settings = dict(change)
+    papers = [dict(title='', text=paper['title'], topics=[paper['id']]) for paper in PAPERS] if settings.pop('untitled', False) else PAPERS
+    with pytest.raises(InputError, match=named): check_pairs(Pairs(**settings), papers)
+    with pytest.raises(InputError, match=named): pair_maker(student.tokenizer, papers, Pairs(**settings), 0)
 
 
 def test_every_process_needs_a_pair(monkeypatch):

@@ -164,15 +164,15 @@ DIRTY = [dict(id='1', title='On heat', abstract=f'<p>{HEAT}</p>'), dict(id='2', 
          dict(id='7', abstract='Der Mensch ist, was er isst, und die Wärme geht immer vom warmen zum kalten Körper über, niemals zurück.'),
          dict(id='8', abstract='It is known that the seven colours of the rainbow are seen in the same order in every rainbow that was '
                                'ever seen.')]
-EXAM = dict(question='Name them.', choices=['none', 'the seven colours of the rainbow are seen in the same order in every rainbow that was '
-                                                    'ever'])
+RAINBOW = 'the seven colours of the rainbow are seen in the same order in every rainbow that was ever'
+EVALUATION = dict(question='Name them.', choices=['none', RAINBOW])
 
 
 @pytest.fixture
 def dirty(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'dirty.jsonl').write_text(jsonl(DIRTY) + '{"id": 9, "abs', encoding='utf-8')
-    (tmp_path/'exam.jsonl').write_text(jsonl([EXAM]), encoding='utf-8')
+    (tmp_path/'exam.jsonl').write_text(jsonl([EVALUATION]), encoding='utf-8')
     return tmp_path
 
 
@@ -301,11 +301,11 @@ def test_the_stage_keeps_a_corpus_whose_parts_share_nothing(tmp_path, capsys):
 
 def test_evaluation_texts_are_kept_out_of_both_sides(tmp_path):
     science, general = papers_file(tmp_path, 'science', 300), papers_file(tmp_path, 'general', 300)
-    exam = [many('science', 300)[7]['abstract'], many('general', 300)[8]['abstract']]
-    (tmp_path/'exam.jsonl').write_text(jsonl([dict(question=text) for text in exam]))
+    evaluation_texts = [many('science', 300)[7]['abstract'], many('general', 300)[8]['abstract']]
+    (tmp_path/'exam.jsonl').write_text(jsonl([dict(question=text) for text in evaluation_texts]))
     corpus = prepare(Run(tmp_path/'run'), science, general, evaluation=str(tmp_path/'exam.jsonl'))
     texts = {record['text'] for part in everything(corpus).values() for record in part}
-    assert not texts & set(exam) and len(texts) >= 560
+    assert not texts & set(evaluation_texts) and len(texts) >= 560
     sides = [total(read_json(corpus.folder/side/'report.json')) for side in ('science', 'general')]
     assert all(side['decontaminated'] >= 1 for side in sides)
 

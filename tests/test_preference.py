@@ -14,7 +14,7 @@ from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, logits_of, tiny
 from scilm_adapt.preference import (
     CORRUPTIONS,
-    DIALS,
+    DEFAULTS,
     NUMBER,
     OWN,
     PREFERENCES,
@@ -149,7 +149,7 @@ def test_pairs_have_one_prompt_and_equal_lengths(student, pairs):
         assert real[:len(pair.prompt + pair.chosen)] == pair.prompt + pair.chosen
 
 
-def test_pairs_are_a_function_of_papers_dials_and_seed(student, pairs):
+def test_pairs_are_a_function_of_papers_settings_and_seed(student, pairs):
     again = make_pairs(student, PAPERS, Preference(length=120, batch=3, beta=0.5))
     assert again == pairs != make_pairs(student, PAPERS, Preference(length=120), seed=1)
     assert len(make_pairs(student, PAPERS, Preference(length=120, pairs=5))) == 5
@@ -193,13 +193,13 @@ def test_what_cannot_work_is_named_before_anything_is_written(tmp_path, student,
 def test_pairs_are_kept_and_made_anew_when_their_makings_change(tmp_path, student, monkeypatch):
     run, calls, make = Run(tmp_path), [], module.make_pairs
     monkeypatch.setattr(module, 'make_pairs', lambda *a: calls.append(a) or make(*a))
-    dials = dict(length=120, corruptions=('paper', 'terms'))
-    first = prepare(run, student, PAPERS, Preference(**dials))
+    settings = dict(length=120, corruptions=('paper', 'terms'))
+    first = prepare(run, student, PAPERS, Preference(**settings))
     other = build(student.tokenizer, hidden=32, context=160, seed=1)
-    assert first == prepare(run, other, PAPERS, Preference(**dials, beta=0.3, batch=2)) and len(calls) == 1  # no model was asked
-    for number, change in enumerate((dict(seed=1), dict(preference=Preference(**dials, kind='dpo')), dict(lm=other), dict(
-            preference=Preference(**dials, shuffled=True)))):
-        given = dict(lm=student, records=PAPERS, preference=Preference(**dials, kind='dpo' if number == 2 else 'cpo')) | change
+    assert first == prepare(run, other, PAPERS, Preference(**settings, beta=0.3, batch=2)) and len(calls) == 1  # no model was asked
+    for number, change in enumerate((dict(seed=1), dict(preference=Preference(**settings, kind='dpo')), dict(lm=other), dict(
+            preference=Preference(**settings, shuffled=True)))):
+        given = dict(lm=student, records=PAPERS, preference=Preference(**settings, kind='dpo' if number == 2 else 'cpo')) | change
         prepare(run, **given)
         assert len(calls) == number + 2
 
@@ -221,10 +221,10 @@ def naive(chosen, rejected, tokens, others, start, other_start, kind, beta, gamm
 
 
 @given(st.integers(0, 999), st.sampled_from(sorted(PREFERENCES)), st.sampled_from([None, (0.3, 0.7, 0.4), (2.0, 0.0, 0.0)]))
-def test_a_loss_is_its_formula(seed, kind, dials):
+def test_a_loss_is_its_formula(seed, kind, settings):
     given = numbers(seed)
-    found = preference_loss(*given, kind, *(dials or (None, None, None)))
-    wanted = [naive(*row, kind, *(dials or DIALS[kind].values())) for row in zip(*(value.tolist() for value in given))]
+    found = preference_loss(*given, kind, *(settings or (None, None, None)))
+    wanted = [naive(*row, kind, *(settings or DEFAULTS[kind].values())) for row in zip(*(value.tolist() for value in given))]
     assert np.allclose(found, wanted, rtol=1e-12)
 
 
@@ -242,7 +242,7 @@ def test_losses_are_those_of_trl():
         setting = SimpleNamespace(alpha=0.0, beta=beta, simpo_gamma=gamma, label_smoothing=0.0, loss_type=kind,
                                   accelerator=SimpleNamespace(device='cpu'))
         return trainer.cpo_loss(setting, a, b)[0]
-    def ours(kind, **dials): return preference_loss(chosen, rejected, tokens, others, start, other_start, kind, **dials)
+    def ours(kind, **settings): return preference_loss(chosen, rejected, tokens, others, start, other_start, kind, **settings)
     assert torch.allclose(ours('cpo', likelihood=0), trl(chosen, rejected, 'sigmoid', 0.1), rtol=1e-12)
     assert torch.allclose(ours('simpo'), trl(chosen/tokens, rejected/others, 'simpo', 2.5, 1.375), rtol=1e-12)
     assert torch.allclose(ours('dpo'), trl(chosen - start, rejected - other_start, 'sigmoid', 0.1), rtol=1e-12)
@@ -333,8 +333,8 @@ def test_training_widens_the_margin_and_the_control_does_not(kind):
     found = {}
     for shuffled in (False, True):
         lm = tiny([paper['text'] for paper in PAPERS], hidden=32, context=160)
-        dials = Preference(kind=kind, length=100, corruptions=('sentences', 'paper'))
-        real = make_pairs(lm, PAPERS, dials)
+        settings = Preference(kind=kind, length=100, corruptions=('sentences', 'paper'))
+        real = make_pairs(lm, PAPERS, settings)
         taught = make_pairs(lm, PAPERS, Preference(kind=kind, length=100, corruptions=('sentences', 'paper'), shuffled=shuffled))
         batch = preference_batch(taught) | dict(input_ids=torch.zeros(len(taught), 1), count=torch.tensor(1.0))
         before, loss = margins(lm, real).mean(), lambda model, part: dict(loss=preference_part(model, part, kind))

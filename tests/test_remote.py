@@ -114,7 +114,7 @@ def test_targets_are_those_of_the_model_itself(style, by_number, teacher, studen
     where = batch['address'][:, 1:][batch['loss_mask'][:, 1:]].numpy()
     records, near = remote.cache.read(where), LiveTeacher(teacher).targets(batch).softmax(-1)
     written = batch['input_ids'][:, 1:][batch['loss_mask'][:, 1:]]
-    assert len(records) == remote.packed.learnt.sum() >= 0.9*sum(len(a.ids) for a in local)
+    assert len(records) == remote.packed.token_loss_mask.sum() >= 0.9*sum(len(a.ids) for a in local)
     certain = (written == lexicon(student.tokenizer).end).numpy() & (style == 'openai')  # where it does not tell the end
     assert (records['weights'][certain][:, 0] == 1).all()
     found = near.gather(-1, torch.from_numpy(records['token_ids'].astype(np.int64))).numpy()
@@ -140,7 +140,7 @@ def test_the_cache_opens_like_any_other_and_a_student_learns_from_it(teacher, st
     fit(copy.model, lambda step: batch, loss, 8, learning_rate=1e-3, precision='no')
     assert loss_of(cache, copy, batch).item() < 0.7*before
     report = cache.report()
-    assert report['targets'] == remote.packed.learnt.sum() and 0.5 < report['mass'] <= 1 and report['calibration']['right'] == 1
+    assert report['targets'] == remote.packed.token_loss_mask.sum() and 0.5 < report['mass'] <= 1 and report['calibration']['right'] == 1
     with pytest.raises(InputError, match="'reverse_kl' cannot be had"): loss_of(cache, student, batch, 'reverse_kl')
     with pytest.raises(InputError, match='conversations'): open_cache(tmp_path/'targets', pack([[1, 2, 3]], 8))
 

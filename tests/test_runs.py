@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt import files, runs
-from scilm_adapt.errors import InputError, Stopped, progress, stop_gently
+from scilm_adapt.errors import InputError, Stopped, progress_bar, stop_gently
 from scilm_adapt.files import (
     Damaged,
     check_space,
@@ -544,7 +544,7 @@ def test_addresses_do_not_run_into_each_other():
 
 
 def test_a_progress_bar_counts_things_and_steps():
-    assert list(progress([1, 2, 3], 'reading')) == [1, 2, 3]
-    with progress(5, 'training', unit='step') as bar:
+    assert list(progress_bar([1, 2, 3], 'reading')) == [1, 2, 3]
+    with progress_bar(5, 'training', unit='step') as bar:
         bar.update(2)
         assert (bar.n, bar.total, bar.unit) == (2, 5, 'step')
