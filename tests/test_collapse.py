@@ -9,7 +9,7 @@ import pytest
 import torch
 from world import exact
 
-from scilm_adapt.alignment import Teacher
+from scilm_adapt.alignment import AlignedTeacher, Teacher
 from scilm_adapt.collapse import (
     Collapse,
     Probe,
@@ -131,7 +131,6 @@ def test_without_a_teacher_that_can_tell_the_rest_is_seen(teacher):
 
 
 def test_a_teacher_with_other_tokens_is_shown_the_conversations(able):
-    from scilm_adapt.alignment import AlignedTeacher
     other = build(train_tokenizer([chat['messages'][1]['content'] for chat in CHATS], 290), hidden=32, layers=1, heads=2, context=128)
     seen = probe_student(able, AlignedTeacher(other, able.tokenizer), CHATS[:3], max_new_tokens=8)
     assert seen.kl > 0 and math.isfinite(seen.kl) and seen.on_policy_kl is None
