@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from world import chat_batch
 
 from scilm_adapt.alignment import (
     PLAIN,
@@ -27,7 +28,7 @@ from scilm_adapt.divergence import chunked_loss, divergences, head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
 from scilm_adapt.models import build, hidden_states
-from scilm_adapt.tokens import encode, encode_chat, end_of_turn, pack, train_tokenizer
+from scilm_adapt.tokens import encode, end_of_turn, train_tokenizer
 from scilm_adapt.training import fit, lm_loss, micro_batches, target_states
 
 TEXTS = ['Heat is motion, and motion is heat. A wave carries energy.', 'Тепло – это движение, а волна переносит энергию.',
@@ -213,12 +214,6 @@ CHATS = [messages('What is heat?', 'Heat is motion.'), messages('Что тако
          messages('A wave?', '  two\n'), messages('Йод', 'и\u0306 한국')]
 
 
-def batch_of(tokenizer, chats: list[dict], length: int = 160) -> dict[str, torch.Tensor]:
-    encoded = [encode_chat(tokenizer, chat['messages']) for chat in chats]
-    packed = pack([ids for ids, _ in encoded], length, [mask for _, mask in encoded])
-    return packed.batch(list(range(len(packed))))
-
-
 def exact(tokenizer, seed: int, hidden: int = 32):
     lm = build(tokenizer, hidden=hidden, layers=1, seed=seed)
     lm.model.double()
@@ -273,7 +268,7 @@ PAIRS = [('bytes', 'letters'), ('letters', 'bytes'), ('bytes', 'first'), ('piece
 @pytest.mark.parametrize(('divergence', 'temperature'), [('forward_kl', 1.0), ('jsd', 2.0)])
 def test_equals_a_naive_loop_in_value_and_gradient(one, other, divergence, temperature):
     student, teacher = exact(KINDS[one], 0), exact(KINDS[other], 1, 48)
-    batch = batch_of(student.tokenizer, CHATS)
+    batch = chat_batch(student.tokenizer, CHATS)
     count = int(batch['count'])
     wanted = naive(student, teacher, CHATS, divergence, temperature)*temperature**2/count
     weights = [student.model.get_output_embeddings().weight, next(student.model.base_model.layers.parameters())]
@@ -287,7 +282,7 @@ def test_equals_a_naive_loop_in_value_and_gradient(one, other, divergence, tempe
 def test_one_tokenizer_gives_the_plain_divergence(divergence):
     tokenizer = KINDS['bytes']
     student, teacher = exact(tokenizer, 0), exact(tokenizer, 1, 48)
-    batch = batch_of(tokenizer, CHATS)
+    batch = chat_batch(tokenizer, CHATS)
     states, theirs = (target_states(hidden_states(lm.model, batch), batch)[0] for lm in (student, teacher))
     everything = torch.ones(len(states), dtype=torch.bool)
     plain = chunked_loss(states, head_of(student.model), theirs, head_of(teacher.model), everything, divergence)
@@ -303,13 +298,13 @@ def test_each_reads_its_own_template():
     assert end_of_turn(one) != end_of_turn(other)
     teacher = AlignedTeacher(exact(other, 1), one, CHATS)
     assert all(not len(known.several) for known in teacher.known.values())
-    assert sum(len(known.single) for known in teacher.known.values()) == int(batch_of(one, CHATS)['count'])
+    assert sum(len(known.single) for known in teacher.known.values()) == int(chat_batch(one, CHATS)['count'])
 
 
 @pytest.mark.parametrize('divergence', ['forward_kl', 'skew_kl', 'total_variation', 'adaptive_skew_kl'])
 def test_parts_of_a_batch_add_up(divergence):
     student, teacher = exact(KINDS['bytes'], 0), AlignedTeacher(exact(KINDS['letters'], 1), KINDS['bytes'], CHATS)
-    batch = batch_of(KINDS['bytes'], CHATS, 100)
+    batch = chat_batch(KINDS['bytes'], CHATS, 100)
     assert len(batch['input_ids']) == 3
     whole = loss_of(teacher, student, batch, divergence=divergence, count=batch['count'])
     for rows in (1, 2):
@@ -322,7 +317,7 @@ def test_parts_of_a_batch_add_up(divergence):
 
 def test_an_option_may_be_one_for_each_loss_token():
     student, teacher = exact(KINDS['bytes'], 0), AlignedTeacher(exact(KINDS['letters'], 1), KINDS['bytes'], CHATS)
-    batch = batch_of(KINDS['bytes'], CHATS, 100)
+    batch = chat_batch(KINDS['bytes'], CHATS, 100)
     shares = torch.linspace(0.1, 0.9, int(batch['count']), dtype=torch.float64)
     whole = loss_of(teacher, student, batch, divergence=divergences['skew_kl'].bind(alpha=shares), count=batch['count'])
     parts = micro_batches(batch, 1)
@@ -334,7 +329,7 @@ def test_an_option_may_be_one_for_each_loss_token():
 
 def test_a_batch_without_loss_tokens_gives_zero_and_no_gradient():
     student, teacher = exact(KINDS['bytes'], 0), AlignedTeacher(exact(KINDS['letters'], 1), KINDS['bytes'], CHATS)
-    batch = batch_of(KINDS['bytes'], CHATS)
+    batch = chat_batch(KINDS['bytes'], CHATS)
     empty = {name: value[:0] if value.ndim else value for name, value in batch.items()}
     loss = teacher.loss(empty, torch.zeros(0, 32, dtype=torch.float64, requires_grad=True), head_of(student.model), count=batch['count'])
     loss.backward()
@@ -342,7 +337,7 @@ def test_a_batch_without_loss_tokens_gives_zero_and_no_gradient():
 
 
 def learn_by_heart(lm, chats, steps: int = 50):
-    batch = batch_of(lm.tokenizer, chats)
+    batch = chat_batch(lm.tokenizer, chats)
     fit(lm.model, lambda step: batch, lambda model, batch: dict(loss=lm_loss(model, batch)), steps=steps, learning_rate=1e-2)
     return lm
 
@@ -354,7 +349,7 @@ def taught():
 
 def test_two_that_are_certain_agree_and_one_place_off_they_do_not(taught):
     student = learn_by_heart(build(KINDS['bytes'], hidden=64, layers=2), CHATS[:3])
-    teacher, batch = AlignedTeacher(taught, KINDS['bytes'], CHATS[:3]), batch_of(KINDS['bytes'], CHATS[:3])
+    teacher, batch = AlignedTeacher(taught, KINDS['bytes'], CHATS[:3]), chat_batch(KINDS['bytes'], CHATS[:3])
     states = target_states(hidden_states(student.model, batch), batch)[0]
     assert teacher.loss(batch, states, head_of(student.model)).item() < 0.05
     for shift in (-1, 1): assert teacher.loss(batch, states.roll(shift, 0), head_of(student.model)).item() > 1
@@ -362,7 +357,7 @@ def test_two_that_are_certain_agree_and_one_place_off_they_do_not(taught):
 
 def test_a_student_learns_to_answer_from_the_teacher_alone(taught):
     student = build(KINDS['bytes'], hidden=64, layers=2)
-    teacher, batch = AlignedTeacher(taught, KINDS['bytes'], CHATS[:3]), batch_of(KINDS['bytes'], CHATS[:3])
+    teacher, batch = AlignedTeacher(taught, KINDS['bytes'], CHATS[:3]), chat_batch(KINDS['bytes'], CHATS[:3])
     history = fit(student.model, lambda step: batch, lambda model, batch: dict(loss=loss_of(teacher, student, batch, count=batch['count'])),
                   steps=60, learning_rate=1e-2)
     assert history[-1]['loss'] < 0.1*history[0]['loss']
@@ -374,7 +369,7 @@ def test_a_student_learns_to_answer_from_the_teacher_alone(taught):
 
 def test_the_rest_has_its_weight():
     student, teacher = exact(KINDS['bytes'], 0), exact(KINDS['letters'], 1)
-    batch = batch_of(KINDS['bytes'], CHATS)
+    batch = chat_batch(KINDS['bytes'], CHATS)
     losses = [loss_of(AlignedTeacher(teacher, KINDS['bytes'], CHATS, weight), student, batch).item() for weight in (0.0, 1.0, 3.0)]
     assert math.isclose(losses[2] - losses[0], 3*(losses[1] - losses[0]), rel_tol=1e-9) and losses[1] > losses[0]
 
@@ -404,7 +399,7 @@ def test_composed_letters_are_tried_and_what_cannot_be_aligned_is_left_out_and_s
     teacher = AlignedTeacher(build(composed, hidden=32, layers=1), plain, [odd, fine])
     assert sum(known is None for known in teacher.known.values()) == 1 and '1 of 2 conversations' in capsys.readouterr().out
     student = build(plain, hidden=32, layers=1)
-    alone, together = (loss_of(teacher, student, batch_of(plain, chats), count=1.0).item() for chats in ([fine], [odd, fine]))
+    alone, together = (loss_of(teacher, student, chat_batch(plain, chats), count=1.0).item() for chats in ([fine], [odd, fine]))
     assert math.isclose(alone, together, rel_tol=1e-5)
     with pytest.raises(InputError, match='None of the 1 conversations'): AlignedTeacher(build(composed, hidden=32, layers=1), plain, [odd])
 
@@ -416,7 +411,7 @@ def test_too_long_for_the_teacher_is_left_out():
 
 def test_an_unknown_conversation_is_an_error_until_it_is_added():
     teacher, student = AlignedTeacher(exact(KINDS['letters'], 1), KINDS['bytes'], CHATS[:1]), exact(KINDS['bytes'], 0)
-    batch = batch_of(KINDS['bytes'], CHATS[:2])
+    batch = chat_batch(KINDS['bytes'], CHATS[:2])
     with pytest.raises(InputError, match='was not given'): loss_of(teacher, student, batch)
     assert teacher.add(CHATS[1:2]) == 0
     assert loss_of(teacher, student, batch).item() > 0
@@ -427,10 +422,11 @@ def test_a_broken_teacher_is_named():
     torch.nn.init.constant_(broken.model.get_output_embeddings().weight, math.nan)
     teacher = AlignedTeacher(broken, KINDS['bytes'], CHATS)
     student = build(KINDS['bytes'], hidden=32, layers=1)
-    with pytest.raises(FloatingPointError, match='broken-teacher'): loss_of(teacher, student, batch_of(KINDS['bytes'], CHATS))
+    with pytest.raises(FloatingPointError, match='broken-teacher'): loss_of(teacher, student, chat_batch(KINDS['bytes'], CHATS))
 
 
 @pytest.mark.parametrize('name', ['zzz', 'forwardkl'])
 def test_a_wrong_divergence_is_refused(name):
     teacher, student = AlignedTeacher(exact(KINDS['letters'], 1), KINDS['bytes'], CHATS), exact(KINDS['bytes'], 0)
-    with pytest.raises(InputError, match='no known divergence'): loss_of(teacher, student, batch_of(KINDS['bytes'], CHATS), divergence=name)
+    with pytest.raises(InputError, match='no known divergence'):
+        loss_of(teacher, student, chat_batch(KINDS['bytes'], CHATS), divergence=name)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import reader
 
 from scilm_adapt import contrast, recipe
 from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss, train, weighted_sum
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
-from scilm_adapt.models import tiny, weights_hash
+from scilm_adapt.models import weights_hash
 from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
@@ -34,7 +35,7 @@ def corpus(tmp_path) -> Corpus:
 
 @pytest.fixture(scope='module')
 def student():
-    return tiny([document(paper) for paper in PAPERS], hidden=32, context=64)
+    return reader(PAPERS)
 
 
 def packed_papers(student, length: int = 32):
@@ -108,7 +109,7 @@ def test_a_stage_that_holds_is_opened_and_not_trained_again(tmp_path, corpus, st
     first, calls, fit = train(run, student, corpus, **SETTINGS), [], recipe.fit
     monkeypatch.setattr(recipe, 'fit', lambda *a, **k: calls.append(k) or fit(*a, **k))
     assert weights_hash(train(run, student, corpus, **SETTINGS).model) == weights_hash(first.model) and not calls
-    other = tiny([document(paper) for paper in PAPERS], hidden=32, context=64, seed=1)
+    other = reader(PAPERS, seed=1)
     hotter = Pairs(batch=4, temperature=0.1)
     for change in (dict(pairs_weight=0.2), dict(pairs=hotter), dict(seed=1), dict(token_weight=0.3), dict(student=other)):
         train(run, **(dict(student=student, corpus=corpus) | SETTINGS | change))

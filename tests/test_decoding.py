@@ -63,7 +63,7 @@ def test_the_nucleus_keeps_at_least_one_token_and_temperature_zero_the_likeliest
 
 # --- the loop itself
 
-def batch_of(lm, prompts): return pad(prompts, 0, left=True)
+def padded(prompts): return pad(prompts, 0, left=True)
 
 
 @torch.no_grad()
@@ -75,14 +75,14 @@ def library(lm, batch, new, ends):
 
 def test_greedy_samples_are_those_of_the_library(babbler):
     prompts = prompts_of(babbler)
-    alone = [library(babbler, batch_of(babbler, [prompt]), 16, None)[0, len(prompt):].tolist() for prompt in prompts]
+    alone = [library(babbler, padded([prompt]), 16, None)[0, len(prompt):].tolist() for prompt in prompts]
     ends = [alone[0][5], alone[3][9]]
     for chosen in (None, ends):
-        batch = batch_of(babbler, prompts)
+        batch = padded(prompts)
         ids = sample(babbler.model, **batch, max_new_tokens=16, temperature=0, eos_token_id=chosen)
         assert torch.equal(ids, library(babbler, batch, 16, chosen))
         for prompt, row in zip(prompts, ids.tolist()):
-            one = sample(babbler.model, **batch_of(babbler, [prompt]), max_new_tokens=16, temperature=0, eos_token_id=chosen)
+            one = sample(babbler.model, **padded([prompt]), max_new_tokens=16, temperature=0, eos_token_id=chosen)
             new = one[0, len(prompt):].tolist()
             start = batch['input_ids'].shape[1]
             assert row[start:start + len(new)] == new and set(row[start + len(new):]) <= set(ends[:1])
@@ -90,7 +90,7 @@ def test_greedy_samples_are_those_of_the_library(babbler):
 
 def test_rows_that_end_make_room_and_change_nobody(babbler):
     prompts, widths = prompts_of(babbler), []
-    draw = lambda ends: sample(babbler.model, **batch_of(babbler, prompts), max_new_tokens=14, eos_token_id=ends,
+    draw = lambda ends: sample(babbler.model, **padded(prompts), max_new_tokens=14, eos_token_id=ends,
                                generator=torch.Generator().manual_seed(3))
     free = draw(None)
     start = max(map(len, prompts))
@@ -135,7 +135,7 @@ def test_what_can_never_be_drawn_is_not_even_at_the_ends():
 
 
 def test_a_generator_decides_what_is_drawn(lm):
-    draw = lambda seed: sample(lm.model, **batch_of(lm, prompts_of(lm)), max_new_tokens=12, generator=torch.Generator().manual_seed(seed))
+    draw = lambda seed: sample(lm.model, **padded(prompts_of(lm)), max_new_tokens=12, generator=torch.Generator().manual_seed(seed))
     state = torch.get_rng_state()
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2)) and torch.equal(torch.get_rng_state(), state)
 
@@ -144,7 +144,7 @@ def test_samples_come_from_a_model_at_rest_and_can_be_learnt_from(lm):
     lm.model.train()
     lm.model.model.layers[0].self_attn.attention_dropout = 0.9
     try:
-        batch = batch_of(lm, prompts_of(lm))
+        batch = padded(prompts_of(lm))
         ids = sample(lm.model, **batch, max_new_tokens=6, temperature=0)
         assert lm.model.training
         lm.model.eval()
@@ -279,7 +279,7 @@ def test_contrastive_search_is_its_formula_for_other_settings(k, alpha):
 
 @pytest.mark.parametrize('settings', [dict(k=1), dict(alpha=0.0), dict(k=1, alpha=0.0)])
 def test_one_candidate_or_no_contrast_is_greedy(babbler, settings):
-    batch = batch_of(babbler, prompts_of(babbler))
+    batch = padded(prompts_of(babbler))
     greedy = sample(babbler.model, **batch, max_new_tokens=10, temperature=0)
     assert torch.equal(contrastive_search(babbler.model, **batch, **settings, max_new_tokens=10), greedy)
     nearly = contrastive_search(babbler.model, **batch, max_new_tokens=10, alpha=1e-9)  # through the search itself
@@ -307,18 +307,18 @@ def test_the_last_places_of_the_context_can_be_searched():
     for family in families(1, 1, 1, 1, 1):
         lm = loud(family, context=24)
         prompts = [list(range(5, 21)), [7, 8]]
-        found = contrastive_search(lm.model, **batch_of(lm, prompts), max_new_tokens=8)
+        found = contrastive_search(lm.model, **padded(prompts), max_new_tokens=8)
         assert of_prompt(found, prompts, 8) == [reference(lm.model, prompt, 4, 0.6, 8) for prompt in prompts]
 
 
 def test_a_search_is_at_rest_leaves_the_model_as_it_was_and_can_be_learnt_from(lm):
-    expected = contrastive_search(lm.model, **batch_of(lm, prompts_of(lm)), max_new_tokens=6)
+    expected = contrastive_search(lm.model, **padded(prompts_of(lm)), max_new_tokens=6)
     kept, lm.model.generation_config = lm.model.generation_config, GenerationConfig(repetition_penalty=3.0, max_length=7)
     foreign, state = lm.model.generation_config, torch.get_rng_state()
     lm.model.train()
     lm.model.model.layers[0].self_attn.attention_dropout = 0.9
     try:
-        ids = contrastive_search(lm.model, **batch_of(lm, prompts_of(lm)), max_new_tokens=6)
+        ids = contrastive_search(lm.model, **padded(prompts_of(lm)), max_new_tokens=6)
         assert torch.equal(ids, expected) and lm.model.training and lm.model.generation_config is foreign
         assert torch.equal(state, torch.get_rng_state())
         lm.model(ids).logits.sum().backward()
@@ -356,7 +356,7 @@ def through_library(model, batch, **settings): return model.generate(**batch, cu
 
 
 def test_the_library_runs_the_search_as_its_own(babbler):
-    model, batch = babbler.model, batch_of(babbler, prompts_of(babbler))
+    model, batch = babbler.model, padded(prompts_of(babbler))
     length = batch['input_ids'].shape[1]
     with plain(model):
         direct = contrastive_search(model, **batch, k=5, alpha=0.4, max_new_tokens=9)
@@ -376,7 +376,7 @@ def test_the_library_runs_the_search_as_its_own(babbler):
 
 def test_the_models_own_end_and_length_act_in_the_library():
     lm = loud()
-    batch = batch_of(lm, prompts_of(lm)[:1])
+    batch = padded(prompts_of(lm)[:1])
     free = contrastive_search(lm.model, **batch, max_new_tokens=9)[0, batch['input_ids'].shape[1]:].tolist()
     lm.model.generation_config = GenerationConfig(max_new_tokens=9, eos_token_id=free[3])
     found = through_library(lm.model, batch)[0, batch['input_ids'].shape[1]:].tolist()
@@ -406,7 +406,7 @@ def test_the_library_can_tell_the_searchs_arguments_from_its_own():
 # --- the decoders by name
 
 def test_decoders_by_name_are_the_functions_and_take_the_same(lm):
-    batch, chance = batch_of(lm, prompts_of(lm)), lambda: torch.Generator().manual_seed(4)
+    batch, chance = padded(prompts_of(lm)), lambda: torch.Generator().manual_seed(4)
     expected = {'greedy': sample(lm.model, **batch, max_new_tokens=9, temperature=0),
                 'sampling': sample(lm.model, **batch, max_new_tokens=9, top_p=0.95, generator=chance()),
                 'contrastive search': contrastive_search(lm.model, **batch, max_new_tokens=9)}

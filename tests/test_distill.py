@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from world import WORDS, changed, conversation, exact, sentence
+from world import WORDS, changed, conversation, exact, sentence, small_student, small_teacher
 
 from scilm_adapt import distill, files
 from scilm_adapt.alignment import Teacher, pack_chats
@@ -40,11 +40,11 @@ TOKENIZER = train_tokenizer([document(paper) for paper in PAPERS], 400)
 
 
 @pytest.fixture(scope='module')
-def student() -> LanguageModel: return build(TOKENIZER, hidden=32, layers=1, context=128, name='student', seed=1)
+def student() -> LanguageModel: return small_student(TOKENIZER)
 
 
 @pytest.fixture(scope='module')
-def teacher() -> LanguageModel: return build(TOKENIZER, hidden=48, layers=2, context=128, name='teacher', seed=2)
+def teacher() -> LanguageModel: return small_teacher(TOKENIZER)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ SETTINGS = dict(steps=3, batch_size=3, context=64, learning_rate=1e-2, divergenc
 # with probe_every=0 where the teacher is chance and far away is good
 
 
-def batch_of(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, rows: int = 4) -> dict:
+def first_batch(chats: list[dict], context: int = 64, papers: list[dict] = PAPERS, rows: int = 4) -> dict:
     science = pack([encode_document(TOKENIZER, document(paper)) for paper in papers], context)
     return batch_maker(pack_chats(TOKENIZER, chats, context), science, rows, rows - 1, seed=0)(0)
 
@@ -83,7 +83,7 @@ def test_targets_equal_a_forward_pass_of_each_conversation_alone(family):
 def test_teacher_is_in_evaluation_mode_and_never_changed(teacher):
     lm = replace(teacher, model=copy.deepcopy(teacher.model))
     lm.model.config.attention_dropout = 0.9
-    batch, before = batch_of([conversation(1)]), weights_hash(lm.model)
+    batch, before = first_batch([conversation(1)]), weights_hash(lm.model)
     lm.model.train()
     first, second = (LiveTeacher(lm).targets(batch) for _ in range(2))
     assert torch.equal(first, second) and not first.requires_grad and weights_hash(lm.model) == before
@@ -91,7 +91,7 @@ def test_teacher_is_in_evaluation_mode_and_never_changed(teacher):
 
 
 def test_targets_can_be_used_in_a_backward_pass_and_under_autocast(student, teacher):
-    batch = batch_of([conversation(number) for number in range(8)])
+    batch = first_batch([conversation(number) for number in range(8)])
     with torch.autocast('cpu', torch.bfloat16):
         loss = distil_loss(LiveTeacher(teacher), retention_weight=1.0)(copy.deepcopy(student.model), batch)['loss']
     loss.backward()
@@ -103,14 +103,14 @@ def test_a_teacher_that_is_no_number_is_named(teacher, value):
     model = copy.deepcopy(teacher.model)
     torch.nn.init.constant_(model.get_output_embeddings().weight[:1], value)
     with pytest.raises(FloatingPointError, match="The teacher 'wreck'"):
-        LiveTeacher(LanguageModel(model, TOKENIZER, 'wreck')).targets(batch_of([conversation(1)]))
+        LiveTeacher(LanguageModel(model, TOKENIZER, 'wreck')).targets(first_batch([conversation(1)]))
 
 
 # --- the loss
 
 def test_loss_is_the_sum_of_its_parts_as_defined(student, teacher):
     student, teacher = exact(student), exact(teacher)
-    batch = batch_of([conversation(number) for number in range(12)])
+    batch = first_batch([conversation(number) for number in range(12)])
     with torch.no_grad():
         parts = distil_loss(LiveTeacher(teacher), 'jsd beta=0.1', 2.0, 0.3, 0.2)(student.model, batch)
         states, labels = target_states(hidden_states(student.model, batch), batch)
@@ -125,7 +125,7 @@ def test_loss_is_the_sum_of_its_parts_as_defined(student, teacher):
 
 
 def test_a_part_of_weight_zero_is_not_computed(student, teacher):
-    batch = {name: value for name, value in batch_of([conversation(1)]).items() if not name.startswith('papers_')}
+    batch = {name: value for name, value in first_batch([conversation(1)]).items() if not name.startswith('papers_')}
     assert distil_loss(LiveTeacher(teacher))(student.model, batch).keys() == {'loss', 'distil'}
 
 
@@ -134,7 +134,7 @@ def test_micro_batches_give_the_same_loss_and_gradient(student, teacher, rows):
     "Also where a part has conversations and no papers: there are fewer rows of papers than parts."
     student, teacher = exact(student), exact(teacher)
     loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, answer_weight=0.1)
-    batch, gradients, values = batch_of([conversation(number) for number in range(20)], rows=8), [], []
+    batch, gradients, values = first_batch([conversation(number) for number in range(20)], rows=8), [], []
     batch = {name: value[:2] if name.startswith('papers_') and value.ndim else value for name, value in batch.items()}
     for size in (None, rows):
         model = copy.deepcopy(student.model)
@@ -147,7 +147,7 @@ def test_micro_batches_give_the_same_loss_and_gradient(student, teacher, rows):
 
 
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(student):
-    assert distil_loss(LiveTeacher(student))(student.model, batch_of([conversation(1)]))['loss'].abs() < 1e-6
+    assert distil_loss(LiveTeacher(student))(student.model, first_batch([conversation(1)]))['loss'].abs() < 1e-6
 
 
 def test_long_conversations_are_left_out_whole(capsys):
@@ -397,7 +397,7 @@ def test_a_weight_is_a_number_or_a_straight_line(weight, at):
 
 def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
     student, teacher = exact(student), exact(teacher)
-    batch = batch_of([conversation(number) for number in range(12)])
+    batch = first_batch([conversation(number) for number in range(12)])
     loss = distil_loss(LiveTeacher(teacher), retention_weight=(0.0, 1.0), steps=5)
     with torch.no_grad(): found = [loss(student.model, batch | dict(step=torch.tensor(step))) for step in (0, 2)]
     assert 'retention' not in found[0]
@@ -406,7 +406,7 @@ def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
 
 def test_the_reference_holds_the_student_to_what_it_said_of_papers(student, teacher):
     student, teacher = exact(student), exact(teacher)
-    batch = batch_of([conversation(number) for number in range(12)])
+    batch = first_batch([conversation(number) for number in range(12)])
     science = part_of(batch, 'papers')
     loss = distil_loss(None, divergence_weight=0.0, reference_weight=0.7, reference=LiveTeacher(teacher))
     with torch.no_grad():
@@ -459,7 +459,7 @@ def test_given_answers_are_pulled_up_and_own_ones_pushed_down_with_their_weights
 
 
 def test_in_the_warm_up_only_given_words_are_learnt(student, teacher):
-    batch = batch_of([conversation(number) for number in range(12)])
+    batch = first_batch([conversation(number) for number in range(12)])
     loss = distil_loss(LiveTeacher(teacher), answer_weight=0.1, retention_weight=0.5, warm_up=3)
     parts = loss(student.model, batch | dict(step=torch.tensor(2)))
     assert parts.keys() == {'loss', 'answers', 'retention'}

@@ -193,7 +193,7 @@ def test_no_table_of_all_pairs_is_made():
 
 # --- in training
 
-def batch_of(lm, rows, length=48):
+def text_batch(lm, rows, length=48):
     packed = pack(list(encode_documents(lm.tokenizer, TEXTS)), length)
     batch = packed.batch([number % len(packed) for number in range(rows)])
     return batch | dict(token_pairs=token_pairs(batch['segments']))
@@ -201,7 +201,7 @@ def batch_of(lm, rows, length=48):
 
 @pytest.mark.parametrize('rows', [1, 4, 5, 16])
 def test_micro_batches_add_up_to_the_batch(lm, rows):
-    lm, batch = exact(narrowed(lm)), batch_of(lm, 16)
+    lm, batch = exact(narrowed(lm)), text_batch(lm, 16)
     def loss(part):
         states = hidden_states(lm.model, part)
         return token_contrast(states, part['segments'], count=part['token_pairs'])
@@ -217,7 +217,7 @@ def test_a_few_steps_lower_the_mean_cosine_and_reading_alone_does_not(lm):
             hidden = hidden_states(model, batch)
             return dict(loss=lm_loss(model, batch, hidden) + weight*token_contrast(hidden, batch['segments'], count=batch['token_pairs']))
         trained = narrowed(lm)
-        fit(trained.model, lambda step: batch_of(lm, 6), loss, 25, learning_rate=3e-3, precision='no')
+        fit(trained.model, lambda step: text_batch(lm, 6), loss, 25, learning_rate=3e-3, precision='no')
         return probe(trained, TEXTS)['isotropy']
     assert after(1.0) < 0.7 < probe(narrowed(lm), TEXTS)['isotropy'] < after(0.0)
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training import in_two
 from torch import distributed
-from world import exact
+from world import exact, reader
 
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, families, tiny
@@ -54,7 +54,7 @@ PAPERS = [dict(id=name, title=f'On {name}', text=f'We study {name} in {number} e
 
 @pytest.fixture(scope='module')
 def student():
-    return tiny([document(paper) for paper in PAPERS], hidden=32, context=64)
+    return reader(PAPERS)
 
 
 # --- the loss
@@ -222,7 +222,7 @@ def test_near_copies_are_no_negatives_and_others_are(student):
     pairs = pair_batch(student.tokenizer, papers, 32, hard=[long_paper(1, 1), long_paper(3)])['pairs']
     assert torch.equal(pairs.whole['same'], alike(papers, papers))
     assert pairs.whole['excluded'].int().tolist() == [[0, 0], [1, 0], [0, 0], [0, 0]]
-    lm = exact(tiny([document(paper) for paper in papers], hidden=32, context=64))
+    lm = exact(reader(papers))
     batch = pair_batch(lm.tokenizer, papers, 32, hard=[long_paper(1, 1), long_paper(3)])
     a, b, hard = (vectors_of(lm.model, batch['pairs'], side, 'mean', None) for side in ('a', 'b', 'hard'))
     expected = naive(a, b, 0.05, pairs.whole['same'], hard, pairs.whole['excluded'])
@@ -329,7 +329,7 @@ def test_every_process_needs_a_pair(monkeypatch):
 # --- the gradient, cached or not, cut or not
 
 def with_dropout(family: str = 'gpt2'):
-    lm = tiny([document(paper) for paper in PAPERS], family, hidden=32, layers=2, context=64)
+    lm = reader(PAPERS, family=family, layers=2)
     lm.model.double().train()
     if family == 'llama':
         for layer in lm.model.base_model.layers: layer.self_attn.attention_dropout = 0.2
@@ -436,7 +436,7 @@ def test_memory_does_not_grow_with_the_batch():
 @pytest.mark.parametrize('chunk', [None, 3])
 @pytest.mark.parametrize('rows', [1, 4])
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(rows, chunk):
-    lm = tiny([document(paper) for paper in PAPERS], hidden=32, context=64)
+    lm = reader(PAPERS)
     model = lm.model.double()
     packed = pack([encode_document(lm.tokenizer, document(paper)) for paper in PAPERS*3], 48)
     batch = packed.batch(range(16)) | pair_batch(lm.tokenizer, PAPERS[:9], 32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from world import exact
+from world import exact, reader
 
 from scilm_adapt import preference as module
 from scilm_adapt.errors import InputError
@@ -49,7 +49,7 @@ TEXTS = [' '.join(sentence_parts(paper['text'])[2::2]) for paper in PAPERS]
 
 @pytest.fixture(scope='module')
 def student():
-    return tiny([f"{paper['title']}\n\n{paper['text']}" for paper in PAPERS], hidden=32, context=160)
+    return reader(PAPERS, 160)
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import normalizers
-from world import changed, conversation, exact, sentence
+from world import changed, conversation, exact, sentence, small_student, small_teacher
 
 from scilm_adapt.alignment import PLAIN, AlignedTeacher, common_tokens
 from scilm_adapt.errors import InputError
@@ -32,11 +32,11 @@ TOKENIZER = train_tokenizer([sentence(n, 12) for n in range(40)], 400)
 
 
 @pytest.fixture(scope='module')
-def student() -> LanguageModel: return build(TOKENIZER, hidden=32, layers=1, context=128, name='student', seed=1)
+def student() -> LanguageModel: return small_student(TOKENIZER)
 
 
 @pytest.fixture(scope='module')
-def teacher() -> LanguageModel: return build(TOKENIZER, hidden=48, layers=2, context=128, name='teacher', seed=2)
+def teacher() -> LanguageModel: return small_teacher(TOKENIZER)
 
 
 @pytest.fixture(scope='module')

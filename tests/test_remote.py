@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from world import completion, listening
+from world import addressed_batch, completion, listening
 
 from scilm_adapt.alignment import token_bytes
 from scilm_adapt.distill import train
@@ -23,7 +23,7 @@ from scilm_adapt.models import LanguageModel, hidden_states, load, tiny, weights
 from scilm_adapt.papers import Corpus
 from scilm_adapt.remote import align_answer, kept_words, lexicon, match_ids, remote_targets
 from scilm_adapt.runs import Run
-from scilm_adapt.teacher import LiveTeacher, addresses, build_cache, open_cache
+from scilm_adapt.teacher import LiveTeacher, build_cache, open_cache
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, target_states
 
@@ -90,11 +90,6 @@ def teacher() -> LanguageModel: return load('zoo:teacher', 'cpu')
 def student() -> LanguageModel: return load('zoo:student', 'cpu')
 
 
-def batch_of(packed) -> dict:
-    rows = list(range(len(packed)))
-    return packed.batch(rows) | dict(address=addresses(packed)(rows))
-
-
 def loss_of(cache, student, batch, divergence='forward_kl') -> torch.Tensor:
     states, _ = target_states(hidden_states(student.model, batch), batch)
     return cache.loss(batch, states, head_of(student.model), divergence)
@@ -110,7 +105,7 @@ def test_targets_are_those_of_the_model_itself(style, by_number, teacher, studen
     assert len(remote.chats) == len(CHATS) == remote.usage.answers and {chat['author'] for chat in remote.chats} == {'teacher'}
     local = respond(teacher, [chat_prompt(teacher, chat['messages'][:1]) for chat in CHATS], 32)
     assert [(chat['messages'][-1]['content'], chat['stopped']) for chat in remote.chats] == [(a.text, a.stopped) for a in local]
-    batch = batch_of(remote.packed)
+    batch = addressed_batch(remote.packed)
     where = batch['address'][:, 1:][batch['loss_mask'][:, 1:]].numpy()
     records, near = remote.cache.read(where), LiveTeacher(teacher).targets(batch).softmax(-1)
     written = batch['input_ids'][:, 1:][batch['loss_mask'][:, 1:]]
@@ -131,7 +126,7 @@ def test_targets_are_those_of_the_model_itself(style, by_number, teacher, studen
 
 def test_the_cache_opens_like_any_other_and_a_student_learns_from_it(teacher, student, tmp_path):
     with Server(teacher) as server: remote = remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:3], k=8, context=128)
-    cache, batch = open_cache(tmp_path/'targets', remote.packed, k=8, how='top_k', model='m'), batch_of(remote.packed)
+    cache, batch = open_cache(tmp_path/'targets', remote.packed, k=8, how='top_k', model='m'), addressed_batch(remote.packed)
     before = loss_of(cache, student, batch).item()
     copy = load('zoo:student', 'cpu')
     def loss(model, batch):
@@ -298,7 +293,7 @@ def test_a_server_with_other_names_of_the_end_is_understood(tmp_path):
             end = lexicon(self.lm.tokenizer).end
             return dict(token='<|eot_id|>', logprob=logprob, bytes=list(b'<|eot_id|>')) if i == end else super().word(i, logprob, by_number)
     with Renamed(lm, 'vllm') as server: remote = remote_targets(tmp_path, server.endpoint, lm.tokenizer, chats, k=4)
-    batch, end = batch_of(remote.packed), lexicon(lm.tokenizer).end
+    batch, end = addressed_batch(remote.packed), lexicon(lm.tokenizer).end
     mask = batch['loss_mask'][:, 1:]
     records, written = remote.cache.read(batch['address'][:, 1:][mask].numpy()), batch['input_ids'][:, 1:][mask]
     near = LiveTeacher(lm).targets(batch).softmax(-1)[:, end]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from world import addressed_batch
 
 from scilm_adapt.alignment import Teacher
 from scilm_adapt.distill import Recipe
@@ -70,8 +71,7 @@ def student() -> LanguageModel: return lm_of(2, name='student')
 
 
 def batch_of(packed=PACKED, rows=None) -> dict:
-    rows = list(range(len(packed))) if rows is None else rows
-    return packed.batch(rows) | dict(address=addresses(packed)(rows), step=torch.tensor(3))
+    return addressed_batch(packed, rows, step=torch.tensor(3))
 
 
 def loss_and_slope(teacher, student: LanguageModel, batch: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:

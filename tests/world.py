@@ -24,8 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from scilm_adapt.decoding import reads_on
 from scilm_adapt.endpoint import Endpoint
-from scilm_adapt.models import LanguageModel, tiny
-from scilm_adapt.tokens import encode
+from scilm_adapt.models import LanguageModel, build, tiny
+from scilm_adapt.papers import document
+from scilm_adapt.teacher import addresses
+from scilm_adapt.tokens import Packed, encode, encode_chat, pack
 
 WORDS = 'heat light salt iron wave cold warm slow metal field flow air'.split()
 
@@ -93,6 +95,30 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(('localhost', 0))
         return free.getsockname()[1]
+
+
+def reader(papers: list[dict], context: int = 64, **sizes) -> LanguageModel:
+    "An untrained model, 32 wide, whose tokenizer was made of these papers."
+    return tiny([document(paper) for paper in papers], hidden=32, context=context, **sizes)
+
+
+def small_student(tokenizer: object) -> LanguageModel: return build(tokenizer, hidden=32, layers=1, context=128, name='student', seed=1)
+
+
+def small_teacher(tokenizer: object) -> LanguageModel: return build(tokenizer, hidden=48, layers=2, context=128, name='teacher', seed=2)
+
+
+def chat_batch(tokenizer: object, chats: list[dict], length: int = 160) -> dict[str, torch.Tensor]:
+    "All these conversations as one batch of packed rows."
+    ids, masks = zip(*(encode_chat(tokenizer, chat['messages']) for chat in chats))
+    packed = pack(list(ids), length, list(masks))
+    return packed.batch(list(range(len(packed))))
+
+
+def addressed_batch(packed: Packed, rows: list[int] | None = None, **more) -> dict[str, torch.Tensor]:
+    "These rows (all, if None) with the addresses of their targets in a cache."
+    rows = list(range(len(packed))) if rows is None else rows
+    return packed.batch(rows) | dict(address=addresses(packed)(rows)) | more
 
 
 def two_processes(script: str, *arguments: str | Path) -> None:
