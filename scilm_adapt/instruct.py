@@ -250,7 +250,7 @@ def outcome(answer: Answer | None, problem: str = '') -> dict:
 def in_own_words(chat: dict, answer: Answer | None) -> dict:
     "A mined conversation with a teacher's answer in place of the paper's, as a candidate."
     said = dict(role='assistant', content=answer.text if answer else '')
-    return chat | dict(messages=[chat['messages'][0], said], author='teacher') | outcome(answer)
+    return chat | dict(messages=[chat['messages'][0], said], author='teacher', question='') | outcome(answer)
 
 
 def own_answers(teacher: LanguageModel | Endpoint, chats: list[dict], room: int, seed: int = 0, file: str | Path | None = None,
