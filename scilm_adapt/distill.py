@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weight', 'batch_maker', 'nll', 'weight_at', 'rows_of', 'distil_loss', 'Recipe', 'NoTeacher', 'RecordedTeacher',
            'make_teacher', 'usual_divergence', 'with_chat', 'warm_up_steps', 'batches', 'records_at', 'monitor_of',
-           'task_for', 'train']
+           'task_for', 'resolved', 'train']
 
 # %% ../nbs/36_distill.ipynb #c2603733
 import copy
@@ -307,6 +307,20 @@ def task_for(learner: LanguageModel, run: Run, recipe: Recipe, student: Language
                 partial(records_at, data, papers, packed, recipe), on_step_end, state)
 
 
+def resolved(student: LanguageModel, source: LanguageModel | Endpoint | Teacher | None, base: LanguageModel | None,
+             settings: dict) -> tuple[Recipe, Teacher]:
+    """The recipe of these settings with its divergence, and its teacher; InputError, naming the setting to change, for what cannot work.
+
+    A run asks this before stage 1, so that nobody waits for stage 1 to hear that stage 2 cannot begin.
+    """
+    recipe = recipe_of(Recipe, settings)
+    teacher = make_teacher(source, student, recipe, base)
+    if recipe.divergence is None: recipe = replace(recipe, divergence=usual_divergence(teacher))
+    recipe.check(student)
+    teacher.check(recipe)
+    return recipe, teacher
+
+
 def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | Teacher | str | None, chats: Chats, corpus: Corpus, *,
           base: LanguageModel | None = None, **settings) -> LanguageModel:
     """Stage 2: a copy of `student` that learnt the training conversations from `teacher`; kept in run.folder/models/distilled.
@@ -317,15 +331,11 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
     naming the step and its records, for bad numbers; Collapse for a student whose answers went to ruin, with the last good weights kept
     beside. After a stop or a crash the same call goes on, and comes to the same weights.
     """
-    recipe = recipe_of(Recipe, settings)
-    chats = replace(chats, train=[chat for chat in chats.train if chat['author'] in recipe.authors])
-    say(f'distil: {recipe.steps} steps on conversations' + (', science papers in between' if recipe.retention_weight else ''))
     source = load_teacher(teacher) if isinstance(teacher, str) else teacher
     student = with_chat(student, local_model(source))
-    teacher = make_teacher(source, student, recipe, base)
-    if recipe.divergence is None: recipe = replace(recipe, divergence=usual_divergence(teacher))
-    recipe.check(student)
-    teacher.check(recipe)
+    recipe, teacher = resolved(student, source, base, settings)
+    chats = replace(chats, train=[chat for chat in chats.train if chat['author'] in recipe.authors])
+    say(f'distil: {recipe.steps} steps on conversations' + (', science papers in between' if recipe.retention_weight else ''))
     def make(learner: LanguageModel, folder: Path, scratch: Path) -> Task:
         return task_for(learner, run, recipe, student, teacher, chats, corpus, folder)
     prints = {name: lm and weights_hash(lm.model) for name, lm in dict(teacher=teacher.local, base=base).items()}

@@ -9,6 +9,7 @@ import papermill
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import Serve
 
 from scilm_adapt import contrast, distill, evaluate, instruct, models, report, runs
 from scilm_adapt.papers import prepare
@@ -120,7 +121,38 @@ def test_the_notebook_takes_models_with_different_tokenizers_and_other_ways_to_l
 
     for setting, value in {'distil.on_policy.share': '0.5', 'distil.shift': '0.5'}.items():
         wrong = subprocess.run([*command, '-p', setting, value], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert wrong.returncode == 2 and f'{setting.split(".")[1]} cannot bridge' in wrong.stderr and 'Traceback' not in wrong.stderr
+        named = f"{setting.removeprefix('distil.')} is 0.5"
+        assert wrong.returncode == 2 and named in wrong.stderr and 'cannot bridge' in wrong.stderr and 'Traceback' not in wrong.stderr
+        assert 'contrast: 2 steps' not in wrong.stdout, 'it is said before stage 1 begins'
+
+
+def test_the_notebook_takes_a_server_for_its_teacher_and_a_folder_of_conversations(texts, tmp_path):
+    "`scilm papers` and `scilm instruct` make the conversations, a real server teaches, and a run takes both."
+    student, teacher = save_pair(tmp_path, 'llama', texts)
+    teacher.rename(tmp_path/'model')
+    def scilm(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, '-m', 'scilm_adapt.cli', *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for done in (scilm('papers', texts['papers'], '-o', 'papers'), scilm('instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'summary')):
+        assert done.returncode == 0, done.stdout + done.stderr
+    preset = dict(student=str(student), papers=str(texts['papers']), general=str(texts['tales']), context=128, batch_size=4,
+                  conversations=40, teacher_answers=3, documents=8, questions=4) | {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 0}
+    (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
+    with Serve(tmp_path) as server:
+        taught = scilm('run', '-f', 'small.yaml', '-p', 'teacher', f'{server.endpoint.url}#model', '-o', 'taught')
+        asked = server.requests
+    assert taught.returncode == 0, taught.stdout + taught.stderr
+    assert 'is a server: it is asked' in taught.stdout and 'its answers alone are learnt' in taught.stdout and asked >= 3
+    assert [*json.loads((tmp_path/'taught'/'metrics.json').read_text())['models']] == ['base', 'contrast', 'distilled']
+
+    given = scilm('run', '-f', 'small.yaml', '-p', 'teacher', 'model', '-p', 'chats', 'chats', '-o', 'given')
+    assert given.returncode == 0, given.stdout + given.stderr
+    kinds = json.loads((tmp_path/'given'/'chats'/'report.json').read_text())['kinds']['train']
+    assert set(kinds) == {'title', 'summary'}, 'those of the folder, not new ones'
+    (tmp_path/'chats'/'report.json').write_text('{}')
+    broken = scilm('run', '-f', 'small.yaml', '-p', 'teacher', 'model', '-p', 'chats', 'chats', '-o', 'broken')
+    assert broken.returncode == 2 and 'chats' in broken.stderr and 'Traceback' not in broken.stderr
+    assert not (tmp_path/'broken'/'models'/'contrast').exists(), 'it is said before anything is trained'
 
 
 @pytest.mark.parametrize(('name', 'parameters', 'said'), [
