@@ -128,7 +128,7 @@ def right_ranks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def retrieval(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
-    "How well the vectors of `a` [N, D] find their partners in `b` [M, D], see `right_ranks`: `mrr`, `recall@1` and `recall@10`, from 0 to 1."
+    "How well the vectors of `a` [N, D] find their partners in `b` [M, D] (`right_ranks`): `mrr`, `recall@1` and `recall@10`, from 0 to 1."
     places = right_ranks(a, b).float()
     return dict(mrr=places.reciprocal().mean().item()) | {f'recall@{k}': (places <= k).float().mean().item() for k in (1, 10)}
 
