@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_SPACES', 'WORD', 'FACTORS', 'BANDS', 'ROWS', 'SHORTEST', 'NO_PROSE', 'fingerprint', 'words', 'word_hash',
-           'hashes_of', 'ngrams', 'shingles', 'jaccard', 'blank_sketch', 'minima', 'Signature', 'key_of', 'signature',
+           'hashes_of', 'ngrams', 'shingles', 'jaccard', 'blank_sketch', 'minima', 'Signature', 'text_key', 'signature',
            'Buckets', 'Match', 'Seen', 'deduplicate', 'is_in', 'EvaluationSet', 'texts_in', 'read_evaluation_texts',
            'decontaminate']
 
@@ -96,7 +96,7 @@ class Signature:
     shingles: np.ndarray
 
 
-def key_of(found: list[str], text: str) -> int:
+def text_key(found: list[str], text: str) -> int:
     "64 bits that stand for the words `found` in a text, run together; for the text as it stands when it has no words."
     return int(fingerprint(''.join(found) or repr([ord(character) for character in text.strip()]))[:16], 16)
 
@@ -106,8 +106,8 @@ def signature(record: dict) -> Signature:
     title, text = record.get('title') or '', record['text']
     rest = '\n'.join(f"{section['title']}\n{section['text']}" for section in record.get('sections') or [])
     of_title, of_text, of_rest = words(title), words(text), words(rest)
-    whole = key_of([*of_title, *of_text, *of_rest], f'{title}\n{text}\n{rest}')
-    alone = key_of(of_text, text) ^ int(FACTORS[-1]) if len(of_text) >= 5 else 0  # ^: apart from keys of whole documents
+    whole = text_key([*of_title, *of_text, *of_rest], f'{title}\n{text}\n{rest}')
+    alone = text_key(of_text, text) ^ int(FACTORS[-1]) if len(of_text) >= 5 else 0  # ^: apart from keys of whole documents
     runs = np.unique(ngrams(hashes_of([*of_title, *of_text, *([] if of_text else of_rest)]), 5))
     bands = (minima(runs)*FACTORS[:ROWS]).sum(1) + np.arange(1, BANDS + 1, dtype=np.uint64)*FACTORS[ROWS]
     return Signature(np.concatenate([np.array([whole, alone], np.uint64), bands*(len(runs) > 0)]), runs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'POOLINGS', 'WINDOW', 'MISSING', 'views', 'both', 'borders', 'halves', 'first_sentence', 'field_of', 'pool',
-           'last_state', 'weighted_mean', 'info_nce', 'ranks', 'retrieval', 'view_ids', 'embed', 'sketch', 'alike',
-           'equal_texts', 'Together', 'false_negatives', 'pair_batch', 'random_states', 'replay', 'Cached',
+           'last_state', 'weighted_mean', 'info_nce', 'right_ranks', 'retrieval', 'view_ids', 'embed', 'sketch',
+           'alike', 'equal_texts', 'Together', 'false_negatives', 'pair_batch', 'random_states', 'replay', 'Cached',
            'vectors_of', 'gathered', 'pair_loss', 'neighbours', 'Pairs', 'members', 'check_pairs', 'circles',
            'view_maker', 'pair_maker']
 
@@ -114,7 +114,7 @@ def info_nce(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.05, same: 
     return losses/(2*len(a))
 
 # %% ../nbs/22_pairs.ipynb #8a265337
-def ranks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def right_ranks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The place [N], from 1, at which each vector of `a` [N, D] finds its partner among all of `b` [M, D] by cosine.
 
     The partner is the one at its place in `b`; what `b` has beyond N are candidates that belong to none. Ties count as lost.
@@ -128,8 +128,8 @@ def ranks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def retrieval(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
-    "How well the vectors of `a` [N, D] find their partners in `b` [M, D], see `ranks`: `mrr`, `recall@1` and `recall@10`, from 0 to 1."
-    places = ranks(a, b).float()
+    "How well the vectors of `a` [N, D] find their partners in `b` [M, D] (`right_ranks`): `mrr`, `recall@1` and `recall@10`, from 0 to 1."
+    places = right_ranks(a, b).float()
     return dict(mrr=places.reciprocal().mean().item()) | {f'recall@{k}': (places <= k).float().mean().item() for k in (1, 10)}
 
 

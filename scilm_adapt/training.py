@@ -29,7 +29,7 @@ from accelerate.utils import LoggerType
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoints import Checkpoints, OptimizerState, RngState, Settings, Weights, from_all
+from .checkpoints import Checkpoints, OptimizerState, RngState, SettingsState, Weights, from_all
 from .errors import InputError, Stopped, progress_bar, stop_gently
 from .files import content_hash, write_json
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision
@@ -241,7 +241,7 @@ def parts_of(accelerator: Accelerator, model: nn.Module, optimizers: list, so_fa
     "What goes into a checkpoint of a training, by name; the settings come first, so that nothing is loaded when they differ."
     scaler = dict(scaler=accelerator.scaler) if accelerator.scaler is not None else {}
     moments = {f'optimizer {n}': OptimizerState(optimizer) for n, optimizer in enumerate(optimizers)}
-    parts = dict(settings=Settings(settings), weights=Weights(model), **moments, **scaler, chance=RngState(), progress=so_far)
+    parts = dict(settings=SettingsState(settings), weights=Weights(model), **moments, **scaler, chance=RngState(), progress=so_far)
     return parts | (state or {})
 
 

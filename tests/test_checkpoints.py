@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import distributed, nn
 
 from scilm_adapt import checkpoints
-from scilm_adapt.checkpoints import Checkpoints, OptimizerState, RngState, Settings, Weights, flat, restored
+from scilm_adapt.checkpoints import Checkpoints, OptimizerState, RngState, SettingsState, Weights, flat, restored
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import stamp, verified
 
@@ -210,13 +210,13 @@ def test_killed_inside_a_save_the_one_before_is_whole(tmp_path):
 
 def test_a_training_that_was_set_otherwise_is_refused(tmp_path):
     kept, model = Checkpoints(tmp_path), model_of(1)
-    kept.save(1, dict(settings=Settings(dict(steps=10, learning_rate=0.1)), weights=Weights(model)))
-    other = dict(settings=Settings(dict(steps=10, learning_rate=0.2)), weights=Weights(before := model_of(2)))
+    kept.save(1, dict(settings=SettingsState(dict(steps=10, learning_rate=0.1)), weights=Weights(model)))
+    other = dict(settings=SettingsState(dict(steps=10, learning_rate=0.2)), weights=Weights(before := model_of(2)))
     with pytest.raises(InputError, match='made with learning_rate=0.1, and now learning_rate is 0.2'): kept.load(other)
     assert torch.equal(before.weight, model_of(2).weight)
     with pytest.raises(InputError, match='only one of them has replay'): kept.load(other | dict(replay=RngState()))
     with pytest.raises(InputError, match='one of another model: weight differs'):
-        kept.load(dict(settings=Settings(dict(steps=10, learning_rate=0.1)), weights=Weights(nn.Linear(8, 9))))
+        kept.load(dict(settings=SettingsState(dict(steps=10, learning_rate=0.1)), weights=Weights(nn.Linear(8, 9))))
     with pytest.raises(InputError, match='keep is 0'): Checkpoints(tmp_path, keep=0)
 
 

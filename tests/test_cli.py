@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from world import loud
 
 from scilm_adapt import __version__, cli, running
-from scilm_adapt.checkpoints import Checkpoints, Settings
+from scilm_adapt.checkpoints import Checkpoints, SettingsState
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import write_text
 from scilm_adapt.runs import Run, stage
@@ -283,7 +283,7 @@ def small_run(folder: Path) -> Run:
     corpus = stage(run, 'corpus', {}, lambda folder: write_text(folder/'papers.jsonl', 'papers '*1000))
     stage(run, 'models/contrast', {}, lambda folder: write_text(folder/'model.bin', 'weights '*1000), [corpus])
     def begun(folder, scratch):
-        Checkpoints(scratch).save(3, dict(settings=Settings(dict(steps=5, weights=torch.ones(3)))))
+        Checkpoints(scratch).save(3, dict(settings=SettingsState(dict(steps=5, weights=torch.ones(3)))))
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): stage(run, 'models/distilled', {}, begun, [corpus], resumable=True)
     return run
