@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
     cut = arguments.index('--') if '--' in arguments else len(arguments)
     chosen, asked = arguments[:cut] or [*SETTINGS], arguments[cut + 1:]
     if unknown := set(chosen) - set(SETTINGS): sys.exit(f'{", ".join(unknown)}: no such setting; there are {", ".join(SETTINGS)}.')
-    tests = [sys.executable, '-m', 'pytest', *(asked or ['-n', '2', '--dist', 'loadfile'])]
+    tests = [sys.executable, '-m', 'pytest', *(asked or ['-n', '2', '--dist', 'loadfile', '--no-loadscope-reorder'])]
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as hooks:
         for setting in chosen:
