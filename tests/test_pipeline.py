@@ -133,10 +133,12 @@ def test_the_notebook_takes_a_server_for_its_teacher_and_a_folder_of_conversatio
     def scilm(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, '-m', 'scilm_adapt.cli', *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    for done in (scilm('papers', texts['papers'], '-o', 'papers'), scilm('instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'summary')):
+    for done in (scilm('papers', texts['papers'], '-o', 'papers'),
+                 scilm('instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'summary')):
         assert done.returncode == 0, done.stdout + done.stderr
     preset = dict(student=str(student), papers=str(texts['papers']), general=str(texts['tales']), context=128, batch_size=4,
-                  conversations=40, teacher_answers=3, documents=8, questions=4) | {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 0}
+                  conversations=40, teacher_answers=3, documents=8, questions=4)
+    preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 0}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     with Serve(tmp_path) as server:
         taught = scilm('run', '-f', 'small.yaml', '-p', 'teacher', f'{server.endpoint.url}#model', '-o', 'taught')
