@@ -17,11 +17,11 @@ from world import chat_batch
 from scilm_adapt.alignment import (
     PLAIN,
     AlignedTeacher,
+    _grouped,
+    _sorted_distance,
     answer_places,
     byte_ends,
     common_tokens,
-    grouped,
-    sorted_distance,
     token_bytes,
 )
 from scilm_adapt.divergence import chunked_loss, divergences, head_of
@@ -118,7 +118,7 @@ def test_the_tokens_bytes_join_to_the_content(kind, text):
 @settings(max_examples=150)
 def test_groups_cover_the_same_bytes_and_are_the_smallest(text, one, other):
     ends, others = (byte_ends([TABLES[kind][i] for i in encode(KINDS[kind], text)], text) for kind in (one, other))
-    groups = grouped(ends, others)
+    groups = _grouped(ends, others)
     if not len(ends) or not len(others): return
     assert groups[0, [0, 2]].tolist() == [0, 0] and groups[-1, [1, 3]].tolist() == [len(ends), len(others)]
     assert (groups[1:, [0, 2]] == groups[:-1, [1, 3]]).all() and (groups[:, 0] < groups[:, 1]).all() and (groups[:, 2] < groups[:, 3]).all()
@@ -138,7 +138,7 @@ def test_groups_cover_the_same_bytes_and_are_the_smallest(text, one, other):
     ([2, 2, 3], [2, 3], [(0, 2, 0, 1), (2, 3, 1, 2)]),               # a token without bytes stays with those before it
     ([0, 2], [0, 2], [(0, 1, 0, 1), (1, 2, 1, 2)]), ([], [], [])], ids=str)
 def test_groups_by_hand(ends, others, wanted):
-    assert [tuple(row) for row in grouped(np.array(ends, int), np.array(others, int)).tolist()] == wanted
+    assert [tuple(row) for row in _grouped(np.array(ends, int), np.array(others, int)).tolist()] == wanted
 
 
 def test_letters_split_over_tokens_by_hand():
@@ -149,7 +149,7 @@ def test_letters_split_over_tokens_by_hand():
     letters = KINDS['letters']
     assert letters.convert_ids_to_tokens(encode(letters, 'и🌊')) == ['▁', 'и', '<0xF0>', '<0x9F>', '<0x8C>', '<0x8A>']
     assert ends_of(letters, 'и🌊').tolist() == [0, 2, 3, 4, 5, 6]
-    assert grouped(ends_of(letters, 'и🌊'), ends_of(single, 'и🌊')).tolist() == [
+    assert _grouped(ends_of(letters, 'и🌊'), ends_of(single, 'и🌊')).tolist() == [
         [0, 2, 0, 2], [2, 3, 2, 3], [3, 4, 3, 4], [4, 5, 4, 5], [5, 6, 5, 6]]
     assert byte_ends([b' ', b'a'], 'a').tolist() == [0, 1] and byte_ends([b' a'], ' a').tolist() == [2]
     assert ends_of(letters, '▁a') is None  # the sign that stands for a space would be read back as one
@@ -184,7 +184,7 @@ def test_groups_are_those_of_trl(text):
     ends = [ends_of(tokenizer, text) for tokenizer in (one, other)]
     for (_, offsets), own in zip(found, ends): assert [end for _, end in offsets] == own.tolist()
     theirs = gold.ULDLoss._align_by_byte_offsets(*(offsets for _, offsets in found))
-    ours = [[list(range(a, b)) for a, b in grouped(*ends)[:, at].tolist()] for at in ([0, 1], [2, 3])]
+    ours = [[list(range(a, b)) for a, b in _grouped(*ends)[:, at].tolist()] for at in ([0, 1], [2, 3])]
     assert list(theirs) == ours
 
 
@@ -199,7 +199,7 @@ def test_sorted_distance_is_that_of_trl():
     loss._teacher_matched_ids, loss._student_matched_ids, loss.mapping_tensor = {0, 1}, {2, 3}, torch.tensor([2, 3])
     loss._compute_hybrid_uld_loss(student, teacher)
     own = torch.tensor([i for i in range(40) if i not in (2, 3)])
-    assert torch.isclose(loss.last_unmatched_loss, sorted_distance(teacher[:, 2:], student[:, own]).mean(), rtol=1e-5)
+    assert torch.isclose(loss.last_unmatched_loss, _sorted_distance(teacher[:, 2:], student[:, own]).mean(), rtol=1e-5)
 
 
 # --- the loss
@@ -235,7 +235,7 @@ def naive(student, teacher, chats: list[dict], divergence: str, temperature: flo
         q, p = ((lm.model(torch.tensor([ids])).logits[0]/temperature).log_softmax(-1) for lm, ids in ((student, own), (teacher, other)))
         texts = [message['content'] for message in chat['messages'] if message['role'] == 'assistant']
         for text, (start, stop, over), (other_start, other_stop, other_over) in zip(texts, places, other_places):
-            groups = grouped(*(byte_ends([token_bytes(tokenizer)[i] for i in ids[a:b]], text) for tokenizer, ids, a, b in
+            groups = _grouped(*(byte_ends([token_bytes(tokenizer)[i] for i in ids[a:b]], text) for tokenizer, ids, a, b in
                                ((student.tokenizer, own, start, stop), (teacher.tokenizer, other, other_start, other_stop)))).tolist()
             groups = [(start + a, start + b, other_start + c, other_start + d) for a, b, c, d in groups]
             for a, b, c, d in [*groups, (stop, over, other_stop, other_over)]:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch import distributed, nn
 
 from scilm_adapt import checkpoints
-from scilm_adapt.checkpoints import Checkpoints, OptimizerState, RngState, SettingsState, Weights, flat, restored
+from scilm_adapt.checkpoints import Checkpoints, OptimizerState, RngState, SettingsState, Weights, _flat, _restored
 from scilm_adapt.errors import InputError
-from scilm_adapt.files import stamp, verified
+from scilm_adapt.files import _stamp, verified
 
 torch.set_num_threads(1)
 FILES = ['rank-00000.safetensors', 'rank-00000.json', 'manifest.json']
@@ -92,15 +92,15 @@ def same(one: object, other: object) -> bool:
 @given(TREES)
 def test_any_state_comes_back_as_it_was(tree):
     tensors = {}
-    text = json.dumps(flat(tree, tensors, 'x'))
-    assert same(restored(json.loads(text), tensors), tree)
+    text = json.dumps(_flat(tree, tensors, 'x'))
+    assert same(_restored(json.loads(text), tensors), tree)
 
 
 def test_what_is_neither_number_nor_text_nor_tensor_is_named():
-    with pytest.raises(InputError, match='state/3/odd is a set, which a checkpoint cannot hold'): flat({3: dict(odd={1})}, {}, 'state')
-    assert flat(np.float32(0.5), {}, 'x') == 0.5 and math.isnan(json.loads(json.dumps(flat(math.nan, {}, 'x'))))
+    with pytest.raises(InputError, match='state/3/odd is a set, which a checkpoint cannot hold'): _flat({3: dict(odd={1})}, {}, 'state')
+    assert _flat(np.float32(0.5), {}, 'x') == 0.5 and math.isnan(json.loads(json.dumps(_flat(math.nan, {}, 'x'))))
     tensors = {}
-    assert (restored(flat(np.arange(3), tensors, 'x'), tensors) == np.arange(3)).all()
+    assert (_restored(_flat(np.arange(3), tensors, 'x'), tensors) == np.arange(3)).all()
 
 
 @pytest.mark.parametrize('optimizer', [lambda p: torch.optim.AdamW(p, fused=True), lambda p: torch.optim.Muon([next(iter(p))]),
@@ -191,7 +191,7 @@ def test_killed_inside_a_save_the_one_before_is_whole(tmp_path):
             step += 1
             save(kept, step, slow=Slow())
     inside, last = 0, 0
-    def begun() -> list | None: return stamp(tmp_path/'.saving') if Checkpoints(tmp_path).found() else None
+    def begun() -> list | None: return _stamp(tmp_path/'.saving') if Checkpoints(tmp_path).found() else None
     for trial in range(24):
         before = begun()  # what the process before this one left
         child, deadline = forked(endless), time.monotonic() + 20

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt import cleaning
-from scilm_adapt.cleaning import apply_rules, clean, filters, language, language_code, rules, without_rules
+from scilm_adapt.cleaning import _apply_rules, _language_code, clean, filters, language, rules, without_rules
 from scilm_adapt.errors import InputError
 
 HEAT = 'Heat flows from warm bodies to cold ones.'
@@ -195,20 +195,20 @@ KEPT = dict(
 @pytest.mark.parametrize('name,before,after', [(name, *pair) for name, pairs in CHANGED.items() for pair in pairs])
 def test_rule_changes(name, before, after):
     assert rules[name](before) == after
-    assert apply_rules(before)[1].count(name) == 1, 'and it is reported once'
+    assert _apply_rules(before)[1].count(name) == 1, 'and it is reported once'
 
 
 @pytest.mark.parametrize('name,text', [(name, text) for name, texts in KEPT.items() for text in texts])
 def test_rule_leaves_alone(name, text):
     assert rules[name](text) == text
-    if '\n' not in text: assert apply_rules(text) == (text, []), 'nor does another rule touch it'
+    if '\n' not in text: assert _apply_rules(text) == (text, []), 'nor does another rule touch it'
 
 
 @pytest.mark.parametrize('notice', NOTICES)
 @pytest.mark.parametrize('text', [HEAT, WARM])
 def test_notices_of_data_bases_and_publishers_are_cut_off(text, notice):
-    assert apply_rules(f'{text} {notice}') == (text, ['entities', 'boilerplate'] if '&amp;' in notice else ['boilerplate'])
-    assert apply_rules(f'{text}\n{notice}')[0] == text
+    assert _apply_rules(f'{text} {notice}') == (text, ['entities', 'boilerplate'] if '&amp;' in notice else ['boilerplate'])
+    assert _apply_rules(f'{text}\n{notice}')[0] == text
 
 
 @pytest.mark.parametrize('before', ['Abstract ', 'ABSTRACT ', 'Summary ', '<jats:title>Abstract</jats:title><jats:p>', '© 2018 IEEE. ',
@@ -216,7 +216,7 @@ def test_notices_of_data_bases_and_publishers_are_cut_off(text, notice):
                                     'Copyright © 2015 The Authors. Published by Elsevier Ltd.'])
 @pytest.mark.parametrize('text', ['Orthoconic walls carry sound in each direction.', 'DNA repair is fast in the cold of winter.', ABSTRACT])
 def test_headings_and_rights_before_an_abstract_are_cut_off_even_without_punctuation(before, text):
-    assert apply_rules(before + text)[0] == text
+    assert _apply_rules(before + text)[0] == text
 
 
 @pytest.mark.parametrize('name', rules)
@@ -286,7 +286,7 @@ def test_good_text_is_kept(text):
     ('sr', 'У раду је показано да топлота прелази са топлих тела на хладна, и да једначина има тачно једно решење за свако тело.'),
     ('zh', '本文研究了固体中的热传导方程，并证明了该方程有唯一解。')])
 def test_language(code, text):
-    assert language_code(text) == code
+    assert _language_code(text) == code
     assert language(text) == (code if code in ('en', 'ru', '') else 'other')
 
 
@@ -353,7 +353,7 @@ def test_cleaning_what_is_clean_changes_nothing_and_nothing_raises(text):
                         'a &amp; b: {}. © 2019 Elsevier.']))
 def test_mathematics_survives_to_the_letter(inner, form, around):
     formula = form.format(inner.strip())
-    assert formula in apply_rules(around.format(formula))[0]
+    assert formula in _apply_rules(around.format(formula))[0]
 
 
 @pytest.mark.parametrize('text',

@@ -61,7 +61,7 @@ def alive(pid: int) -> bool:
 
 
 def statuses(path: Path) -> list[str]:
-    return [cell['metadata']['papermill']['status'] for cell in running.code_cells(json.loads(path.read_text()))]
+    return [cell['metadata']['papermill']['status'] for cell in running._code_cells(json.loads(path.read_text()))]
 
 
 def test_success_goes_to_the_default_folder_with_everything_printed(notebook):
@@ -273,7 +273,7 @@ def test_output_streams_and_a_bar_is_stored_once(notebook):
     out, error = process.communicate(timeout=60)
     ended = float(out.splitlines()[0])
     assert process.returncode == 0 and ended - seen > 1.5 and error.count(b'\rbar:') >= 2
-    cell = running.code_cells(json.loads((small.parent/'out'/'run.ipynb').read_text()))[2]
+    cell = running._code_cells(json.loads((small.parent/'out'/'run.ipynb').read_text()))[2]
     assert sum(''.join(output['text']).count('%|') for output in cell['outputs']) <= 1
 
 
@@ -387,7 +387,7 @@ def test_shipped_notebook_and_presets_agree():
     notebook = cli.shipped_notebook()
     known = running.read_parameters(notebook)
     assert {'student', 'teacher', 'papers', 'general', 'seed', 'out_dir'} <= set(known)
-    assert all(p.help and p.group and p.type in running.converters for p in known.values())
+    assert all(p.help and p.group and p.type in running._converters for p in known.values())
     for name in ('quickstart', 'colab', 'h200'):
         path = running.find_preset(name, notebook)
         running.check_parameters(running.read_preset(path), known, str(path))
@@ -419,12 +419,12 @@ def test_a_long_chat_drops_its_oldest_turns(model_folder):
     lm = load(model_folder/'models'/'distilled')
     turns = [dict(role=('user', 'assistant')[n % 2], content=f'turn {n} ' + 'word '*4) for n in range(9)]
     messages = list(turns)
-    ids = cli.prompt_ids(lm, messages, room=20, window=128)
+    ids = cli._prompt_ids(lm, messages, room=20, window=128)
     assert len(ids) <= 108 and messages == turns[-len(messages):] and messages[0]['role'] == 'user'
     longer = encode_chat(lm.tokenizer, turns[-len(messages) - 2:], add_generation_prompt=True)[0]
     assert len(longer) > 108                                          # nothing was dropped that would have fitted
     with pytest.raises(InputError, match='too long'):
-        cli.prompt_ids(lm, [dict(role='user', content='word '*200)], room=20, window=128)
+        cli._prompt_ids(lm, [dict(role='user', content='word '*200)], room=20, window=128)
 
 
 def test_what_a_person_types_is_never_a_control_token(model_folder, monkeypatch):
@@ -432,7 +432,7 @@ def test_what_a_person_types_is_never_a_control_token(model_folder, monkeypatch)
     from scilm_adapt.models import load
     from scilm_adapt.tokens import end_of_turn
     lm = load(model_folder/'models'/'distilled')
-    def ends(text): return cli.prompt_ids(lm, [dict(role='user', content=text)], 1, 10**6).count(end_of_turn(lm.tokenizer))
+    def ends(text): return cli._prompt_ids(lm, [dict(role='user', content=text)], 1, 10**6).count(end_of_turn(lm.tokenizer))
     assert ends('a<|im_end|>\n<|im_start|>assistant\nb') == ends('a') == 1
 
 

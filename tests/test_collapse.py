@@ -13,14 +13,14 @@ from scilm_adapt.alignment import AlignedTeacher, Teacher
 from scilm_adapt.collapse import (
     Collapse,
     Probe,
-    answered,
+    _answered,
+    _judged,
+    _keep_good,
+    _probe_student,
+    _suspicious,
     collapse_monitor,
     collapsed,
-    judged,
-    keep_good,
-    probe_student,
     rules,
-    suspicious,
 )
 from scilm_adapt.decoding import repetition
 from scilm_adapt.divergence import head_of
@@ -75,14 +75,14 @@ def test_an_answer_is_truncated_only_if_nothing_ended_it(able):
     other = next(iter(set(halt_ids(able)) - set(stop_ids(able))), None)  # such as the opening of a user's turn
     made = [Answer([5, 6, 7, stop], '', True), Answer([5]*4, '', False), Answer([5, 6], '', False)]
     if other is not None: made.append(Answer([5, 6, 7, other], '', False))
-    seen = answered(able, made, 4)
+    seen = _answered(able, made, 4)
     assert seen['truncated'] == 1/len(made) == seen['stop_rate'] and math.isclose(seen['length'], sum(len(a.ids) for a in made)/len(made))
 
 
 @pytest.mark.parametrize('kind', ['forward_kl', 'reverse_kl'])
 def test_measures_are_those_of_a_naive_loop_in_64_bits(able, kind):
     student, teacher = (exact(lm) for lm in (model(), able))
-    seen, values = judged(student, LiveTeacher(teacher), *map(list, zip(*ENCODED)), kind), []
+    seen, values = _judged(student, LiveTeacher(teacher), *map(list, zip(*ENCODED)), kind), []
     for ids, mask in ENCODED:
         with torch.no_grad(): q, p = (lm.model(torch.tensor([ids])).logits[0].log_softmax(-1) for lm in (student, teacher))
         if kind == 'reverse_kl': one, other = q, p
@@ -94,7 +94,7 @@ def test_measures_are_those_of_a_naive_loop_in_64_bits(able, kind):
 
 def test_the_own_kl_is_that_at_the_answers_it_wrote(able):
     student, able = exact(model()), exact(able)
-    seen, values = probe_student(student, LiveTeacher(able), CHATS, max_new_tokens=12), []
+    seen, values = _probe_student(student, LiveTeacher(able), CHATS, max_new_tokens=12), []
     prompts = [chat_prompt(student, chat['messages'][:1]) for chat in CHATS]
     for prompt, answer in zip(prompts, respond(student, prompts, 12)):
         ids = torch.tensor([prompt + answer.ids])
@@ -107,7 +107,7 @@ def test_a_look_changes_nothing_and_is_the_same_again(able):
     lm, state = model(), torch.random.get_rng_state()
     lm.model.train()
     before = weights_hash(lm.model)
-    one, other = (replace(probe_student(lm, LiveTeacher(able), CHATS, 3, 12), seconds=0) for _ in range(2))
+    one, other = (replace(_probe_student(lm, LiveTeacher(able), CHATS, 3, 12), seconds=0) for _ in range(2))
     assert one == other and weights_hash(lm.model) == before and lm.model.training
     assert torch.equal(torch.random.get_rng_state(), state) and all(p.grad is None for p in lm.model.parameters())
 
@@ -115,7 +115,7 @@ def test_a_look_changes_nothing_and_is_the_same_again(able):
 def test_the_step_reaches_a_teacher_that_changes_with_it(able):
     asked = []
     shifted = ShiftedTeacher(LiveTeacher(able), model(), model(seed=5), alpha=lambda step: asked.append(step) or 0.0)
-    probe_student(model(), shifted, CHATS[:2], 7, 4)
+    _probe_student(model(), shifted, CHATS[:2], 7, 4)
     assert set(asked) == {7}
 
 
@@ -126,21 +126,21 @@ class Deaf(Teacher):
 
 @pytest.mark.parametrize('teacher', [None, Deaf()])
 def test_without_a_teacher_that_can_tell_the_rest_is_seen(teacher):
-    seen = probe_student(model(), teacher, CHATS[:2], max_new_tokens=4)
+    seen = _probe_student(model(), teacher, CHATS[:2], max_new_tokens=4)
     assert seen.kl is None is seen.on_policy_kl and seen.nll > 1 and seen.length == 4
 
 
 def test_a_teacher_with_other_tokens_is_shown_the_conversations(able):
     other = build(train_tokenizer([chat['messages'][1]['content'] for chat in CHATS], 290), hidden=32, layers=1, heads=2, context=128)
-    seen = probe_student(able, AlignedTeacher(other, able.tokenizer), CHATS[:3], max_new_tokens=8)
+    seen = _probe_student(able, AlignedTeacher(other, able.tokenizer), CHATS[:3], max_new_tokens=8)
     assert seen.kl > 0 and math.isfinite(seen.kl) and seen.on_policy_kl is None
 
 
 def test_weights_that_are_no_numbers_are_seen(able):
     lm = model()
-    start = probe_student(lm, None, CHATS[:2], max_new_tokens=4)
+    start = _probe_student(lm, None, CHATS[:2], max_new_tokens=4)
     with torch.no_grad(): next(lm.model.parameters())[:] = math.nan
-    assert 'no number' in collapsed([start, probe_student(lm, None, CHATS[:2], 4, 4)])
+    assert 'no number' in collapsed([start, _probe_student(lm, None, CHATS[:2], 4, 4)])
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------------------
@@ -170,14 +170,14 @@ def test_healthy_series_are_left_alone():
     ('away_from_teacher', dict(kl=None, nll=4.46), 'surprise at held-out answers rose from 4.000')])
 def test_each_rule_speaks_at_the_second_look_in_a_row_and_alone(rule, change, words):
     bad = replace(FINE, step=20, **change)
-    assert list(suspicious([BASE, FINE, bad])) == [rule] and not collapsed([BASE, FINE, bad])
+    assert list(_suspicious([BASE, FINE, bad])) == [rule] and not collapsed([BASE, FINE, bad])
     assert not collapsed([BASE, FINE, bad, FINE, bad])
     assert words in collapsed([BASE, FINE, bad, replace(bad, step=30)])
 
 
 @pytest.mark.parametrize('change', [dict(stop_rate=0.46), dict(repetition=0.79), dict(entropy=0.21), dict(entropy=7.5), dict(kl=2.24)])
 def test_just_within_its_bounds_no_rule_speaks(change):
-    assert not suspicious([BASE, FINE, replace(FINE, step=20, **change)])
+    assert not _suspicious([BASE, FINE, replace(FINE, step=20, **change)])
 
 
 @pytest.mark.parametrize('name', [name for name, value in asdict(BASE).items() if name not in ('step', 'highest', 'seconds')])
@@ -239,8 +239,8 @@ def test_what_was_seen_before_a_stop_is_judged_with_what_comes_after(able, tmp_p
 
 
 def test_a_save_that_fails_leaves_the_good_weights_before_it(able, tmp_path):
-    keep_good(able, tmp_path/'good', [BASE])
-    with pytest.raises(ValueError): keep_good(model(), tmp_path/'good', [replace(BASE, kl=math.nan)])  # which JSON cannot say
+    _keep_good(able, tmp_path/'good', [BASE])
+    with pytest.raises(ValueError): _keep_good(model(), tmp_path/'good', [replace(BASE, kl=math.nan)])  # which JSON cannot say
     assert weights_hash(load(tmp_path/'good', 'cpu').model) == weights_hash(able.model)
     assert [path.name for path in tmp_path.iterdir()] == ['good']
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import reader
 
 from scilm_adapt import contrast, recipe
-from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss, train, weighted_sum
+from scilm_adapt.contrast import Recipe, _weighted_sum, batch_maker, contrast_loss, train
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
 from scilm_adapt.models import weights_hash
@@ -64,7 +64,7 @@ def test_a_batch_is_a_function_of_seed_and_step(student):
 def test_weighted_sum_reports_parts_and_skips_weight_zero(student):
     seen = []
     def part(model, batch, hidden): return seen.append(hidden) or torch.tensor(3.0)
-    loss = weighted_sum(dict(a=(2.0, part), again=(0.5, part), b=(0.0, lambda *a: pytest.fail('computed'))))
+    loss = _weighted_sum(dict(a=(2.0, part), again=(0.5, part), b=(0.0, lambda *a: pytest.fail('computed'))))
     assert loss(student.model, packed_papers(student).batch([0])) == dict(loss=7.5, a=3.0, again=3.0)
     assert seen[0] is seen[1]  # states are computed once
 

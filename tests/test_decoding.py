@@ -15,8 +15,8 @@ from world import loud, prompts_of
 from scilm_adapt import decoding
 from scilm_adapt.decoding import (
     DECODERS,
+    _custom_contrastive_search,
     contrastive_search,
-    custom_contrastive_search,
     diversity,
     next_probabilities,
     plain,
@@ -265,7 +265,7 @@ def test_contrastive_search_is_its_formula_alone_and_together_in_every_family(na
     assert widths == {(4, 11), (4, 4) if name in BESIDE else (16, 1)}
     alone = [contrastive_search(model, **pad([prompt], 0, left=True), max_new_tokens=8)[0].tolist() for prompt in PROMPTS]
     assert alone == expected
-    monkeypatch.setattr(decoding, 'fits_beside', lambda *a: False)
+    monkeypatch.setattr(decoding, '_fits_beside', lambda *a: False)
     assert of_prompt(contrastive_search(model, **pad(PROMPTS, 0, left=True), max_new_tokens=8), PROMPTS, 8) == expected
 
 
@@ -335,7 +335,7 @@ def test_a_search_is_at_rest_leaves_the_model_as_it_was_and_can_be_learnt_from(l
     (dict(attention_mask=torch.tensor([[1, 1], [0, 0]])), 'Row 1 of attention_mask marks no token'),
     (dict(attention_mask=torch.tensor([[1, 0], [1, 1]])), 'Row 0 is filled up on the right')])
 def test_what_a_search_cannot_do_is_named_before_anything_is_computed(lm, monkeypatch, change, named):
-    monkeypatch.setattr(decoding, 'search', lambda *a: pytest.fail('the search began'))
+    monkeypatch.setattr(decoding, '_search', lambda *a: pytest.fail('the search began'))
     arguments = dict(input_ids=torch.tensor([[5, 6], [7, 8]]), attention_mask=torch.ones(2, 2), max_new_tokens=4) | change
     with pytest.raises(InputError, match=named): contrastive_search(lm.model, **arguments)
 
@@ -352,7 +352,7 @@ def test_a_model_without_hidden_states_and_one_of_nan_are_named():
 
 # --- from within the library
 
-def through_library(model, batch, **settings): return model.generate(**batch, custom_generate=custom_contrastive_search, **settings)
+def through_library(model, batch, **settings): return model.generate(**batch, custom_generate=_custom_contrastive_search, **settings)
 
 
 def test_the_library_runs_the_search_as_its_own(babbler):
@@ -399,7 +399,7 @@ def test_bad_settings_are_named_within_the_library_too(lm):
 
 
 def test_the_library_can_tell_the_searchs_arguments_from_its_own():
-    own = inspect.signature(custom_contrastive_search).parameters
+    own = inspect.signature(_custom_contrastive_search).parameters
     assert {'k', 'alpha'} <= set(own) and not {'k', 'alpha'} & set(GenerationConfig().to_dict())
 
 

@@ -16,12 +16,12 @@ from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.collapse import Collapse
 from scilm_adapt.distill import (
     Recipe,
+    _usual_divergence,
+    _weight_at,
     batch_maker,
     distil_loss,
     make_teacher,
     train,
-    usual_divergence,
-    weight_at,
 )
 from scilm_adapt.divergence import Divergence, dense_loss, divergences
 from scilm_adapt.endpoint import Endpoint
@@ -344,11 +344,11 @@ def test_a_training_that_was_stopped_comes_to_the_same_weights_and_history(stude
     def dying(step, **kwargs):
         steps.append(step)
         if at and step == at[0]: raise Killed(at.pop(0))
-    real = distill.batches
+    real = distill._batches
     def batches(*arguments):
         batch_at = real(*arguments)
         return lambda step: dying(step) or batch_at(step)
-    monkeypatch.setattr(distill, 'batches', batches)
+    monkeypatch.setattr(distill, '_batches', batches)
     for _ in range(3):
         with pytest.raises(Killed): run_to_the_end('stopped')
     run_to_the_end('stopped')
@@ -392,7 +392,7 @@ def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path,
 
 @pytest.mark.parametrize(('weight', 'at'), [(0.5, [0.5, 0.5, 0.5]), ((0.0, 1.0), [0.0, 0.5, 1.0]), ([1.0, 0.5], [1.0, 0.75, 0.5])])
 def test_a_weight_is_a_number_or_a_straight_line(weight, at):
-    assert [weight_at(weight, step, 3) for step in range(3)] == at and weight_at(weight, 0, 1) == at[0]
+    assert [_weight_at(weight, step, 3) for step in range(3)] == at and _weight_at(weight, 0, 1) == at[0]
 
 
 def test_a_scheduled_weight_is_that_of_the_batchs_step(student, teacher):
@@ -561,7 +561,7 @@ def test_one_function_makes_every_kind_of_teacher(student, teacher, capsys):
     def made(source=teacher, **settings):
         recipe = Recipe(**SETTINGS | dict(divergence=None) | settings)
         found = make_teacher(source, student, recipe, base=student)
-        return found, usual_divergence(found)
+        return found, _usual_divergence(found)
     stranger = build(train_tokenizer([document(paper) for paper in PAPERS], 300), hidden=32, layers=1, name='stranger')
     kinds = [(made(), 'LiveTeacher', 'jsd'), (made(shift=0.5), 'ShiftedTeacher', 'jsd'), (made(cache=4), 'RecordedTeacher', 'forward_kl'),
              (made(stranger), 'AlignedTeacher', 'jsd'), (made(Endpoint('http://127.0.0.1:9/v1')), 'ServerTeacher', 'forward_kl'),

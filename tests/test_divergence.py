@@ -13,10 +13,11 @@ from world import BABBLE, of_family
 from scilm_adapt.divergence import (
     Divergence,
     Head,
-    adaptive_alpha,
+    _adaptive_alpha,
+    _by_autograd,
+    _probability_gap,
     adaptive_skew_kl,
     alpha_beta,
-    by_autograd,
     chunked_loss,
     counterpart_of,
     dense_loss,
@@ -25,7 +26,6 @@ from scilm_adapt.divergence import (
     head_of,
     jsd,
     make_divergence,
-    probability_gap,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
@@ -353,7 +353,7 @@ def test_gradient_of_a_divergence_equals_finite_differences_for_both_sides(diver
     kind, options = divergence.name, divergence.options
     if not kind.startswith('adaptive'): assert torch.autograd.gradcheck(value, (teacher, student))
     else:                                        # the skew itself is held fixed
-        alpha = adaptive_alpha(probability_gap(*(z.log_softmax(-1) for z in ((student, teacher) if 'reverse' in kind else
+        alpha = _adaptive_alpha(_probability_gap(*(z.log_softmax(-1) for z in ((student, teacher) if 'reverse' in kind else
                                                                              (teacher, student)))), options.get('usual', 0.1))
         fixed = dict(adaptive_skew_kl=skew_kl, adaptive_skew_reverse_kl=skew_reverse_kl)[kind]
         assert alpha.unique().numel() > 1 and not alpha.requires_grad
@@ -366,7 +366,7 @@ def test_gradient_of_a_divergence_equals_finite_differences_for_both_sides(diver
 def test_written_out_slope_of_jsd_is_that_of_autograd(options):
     teacher, student = logits(6, 9).log_softmax(-1), logits(6, 9, seed=1)
     teacher[0, 2] = student[1, 3] = teacher[2, 4] = student[2, 4] = -INF
-    wanted = by_autograd(jsd, teacher, student, **options)
+    wanted = _by_autograd(jsd, teacher, student, **options)
     found = divergences['jsd'].bind(**options).slope_at(teacher.clone(), student)
     for a, b in zip(found, wanted): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
@@ -382,7 +382,7 @@ def test_bounds_and_ends_of_the_others():
 
 def test_adaptive_skew_is_bolder_where_the_student_is_near():
     gaps = torch.tensor([-0.5, 0.0, 0.05, 0.0915, 0.095, 0.1, 0.9])
-    alphas = adaptive_alpha(gaps, usual=0.1, alpha=0.1)
+    alphas = _adaptive_alpha(gaps, usual=0.1, alpha=0.1)
     assert (alphas.diff() >= 0).all() and alphas[:3].eq(0.01).all() and alphas[4] < alphas[5] and alphas[-1] == 0.1
     teacher, student = logits(40, 6).log_softmax(-1), logits(40, 6, seed=1).log_softmax(-1)
     low, high = skew_kl(teacher, student, 0.01), skew_kl(teacher, student, 0.1)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scilm_adapt.cleaning import apply_rules
-from scilm_adapt.documents import formats, latex_fields, markdown_fields, written_out
+from scilm_adapt.cleaning import _apply_rules
+from scilm_adapt.documents import _latex_fields, _markdown_fields, _written_out, formats
 from scilm_adapt.reading import Refused, Row, read_here
 from scilm_adapt.sources import rows
 
@@ -62,11 +62,11 @@ MACROS = {
 
 
 @pytest.mark.parametrize('source', MACROS)
-def test_macros_are_written_out_wherever_they_are_used(source): assert written_out(source) == MACROS[source]
+def test_macros_are_written_out_wherever_they_are_used(source): assert _written_out(source) == MACROS[source]
 
 
 def test_macros_are_written_out_in_title_abstract_headings_key_words_and_text():
-    found = latex_fields(r'\newcommand{\sys}{HeatNet}\title{On \sys}\begin{document}\begin{abstract}\sys{} is $\sys$.\end{abstract}'
+    found = _latex_fields(r'\newcommand{\sys}{HeatNet}\title{On \sys}\begin{document}\begin{abstract}\sys{} is $\sys$.\end{abstract}'
                          r'\keywords{\sys, heat}\section{Why \sys}\sys\begin{quote}of \sys\end{quote}\end{document} \sys')
     assert found == dict(title='On HeatNet', text='HeatNet is $HeatNet$.', keywords=['HeatNet', 'heat'], topics=[], sections=[
         dict(title='Why HeatNet', text=r'HeatNet\begin{quote}of HeatNet\end{quote}')])
@@ -78,7 +78,7 @@ def test_macros_are_written_out_in_title_abstract_headings_key_words_and_text():
     '{'*50_000, r'\x{'*20_000, r'\def\a{\a\a}\a', r'\begin{'*20_000, r'\let\a\a'*5_000, '[' * 20_000, r'\newcommand'*20_000])
 def test_no_source_takes_forever_or_fills_the_memory(source):
     start = time.process_time()
-    try: assert len(written_out(source)) <= max(1_000_000, 2*len(source))
+    try: assert len(_written_out(source)) <= max(1_000_000, 2*len(source))
     except ValueError as error: assert 'never come to an end' in str(error)
     assert time.process_time() - start < 60
 
@@ -94,8 +94,8 @@ def test_any_source_is_read_or_refused_in_a_sentence(source):
 
 @given(st.text('abcdeабвгд .,', max_size=60), st.text('abcde', min_size=1, max_size=9))
 def test_text_without_commands_stays_and_a_macro_is_its_text(text, name):
-    assert written_out(text) == text
-    assert written_out(rf'\newcommand{{\z{name}}}{{тепло}}{text}\z{name}{{}}{text}') == f'{text}тепло{text}'
+    assert _written_out(text) == text
+    assert _written_out(rf'\newcommand{{\z{name}}}{{тепло}}{text}\z{name}{{}}{text}') == f'{text}тепло{text}'
 
 
 # --- the front matter of classes
@@ -203,8 +203,8 @@ x = {'%' # $
 @pytest.mark.parametrize('case', CLASSES)
 def test_the_front_matter_of_each_class_is_read_and_is_no_text(case):
     source, title, text, words, sections = CLASSES[case]
-    found = latex_fields(source)
-    tidy = lambda part: apply_rules(part)[0]
+    found = _latex_fields(source)
+    tidy = lambda part: _apply_rules(part)[0]
     if case == 'lists, listings, algorithms': found['text'] = found['sections'].pop()['text']
     assert (tidy(found['title']), tidy(found['text']), found['keywords']) == (title, text, words)
     assert {part['title']: tidy(part['text']) for part in found['sections']} == sections
@@ -303,7 +303,7 @@ def test_what_latex_needs_or_writes_is_no_paper(tmp_path, name):
     ('# C#\n\n```\n# no\nno\n---\n```\n', 'C#', '```\n# no\nno\n---\n```', []),
     ('---\ntitle: "Heat"\nabstract: It flows.\n---\n# Method\nWe wait.\n', 'Heat', 'It flows.', ['Method'])])
 def test_headings_of_markdown(source, title, text, headings):
-    found = markdown_fields(source)
+    found = _markdown_fields(source)
     assert (found['title'], found['text'], [part['title'] for part in found['sections']]) == (title, text, headings)
 
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt.duplicates import (
-    Buckets,
     EvaluationSet,
     Seen,
+    _Buckets,
+    _jaccard,
     decontaminate,
     deduplicate,
     fingerprint,
-    jaccard,
     read_evaluation_texts,
     shingles,
     signature,
@@ -178,7 +178,7 @@ def test_copies_with_other_case_space_and_punctuation_are_always_found(pairs, ch
 def test_similarity_is_that_of_the_sets_of_five_words(a, b):
     sets = [{tuple(found[k:k + 5]) for k in range(max(1, len(found) - 4))} - {()} for found in (a, b)]
     union = len(sets[0] | sets[1])
-    assert jaccard(shingles(' '.join(a)), shingles(' '.join(b))) == (len(sets[0] & sets[1])/union if union else 1)
+    assert _jaccard(shingles(' '.join(a)), shingles(' '.join(b))) == (len(sets[0] & sets[1])/union if union else 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -221,7 +221,7 @@ def test_merging_loses_nothing():
 
 
 def test_the_index_keeps_a_few_hundred_bytes_a_record_however_long_the_records_are():
-    buckets, draw = Buckets(), np.random.default_rng(0)
+    buckets, draw = _Buckets(), np.random.default_rng(0)
     for number in range(40_000): buckets.add(draw.integers(1, 2**64, 12, dtype=np.uint64), number)
     assert len(buckets.recent) <= 2**16 and len(buckets.keys) > 12*30_000
     assert buckets.keys.nbytes + buckets.numbers.nbytes <= 12*12*40_000

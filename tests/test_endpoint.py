@@ -30,12 +30,12 @@ from scilm_adapt.endpoint import (
 )
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
-from scilm_adapt.instruct import ask_teacher, build, next_turns, paper_prompt, preamble, write_magpie, write_reading
+from scilm_adapt.instruct import _next_turns, _paper_prompt, _preamble, _write_magpie, _write_reading, ask_teacher, build
 from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.papers import OUTCOMES
-from scilm_adapt.remote import remote_targets
-from scilm_adapt.tokens import CHATML, control_tokens, encode_chat, pack, train_tokenizer
+from scilm_adapt.remote import _remote_targets
+from scilm_adapt.tokens import _CHATML, control_tokens, encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, lm_loss
 
 torch.set_num_threads(1)
@@ -195,7 +195,7 @@ def test_a_limit_truncates_and_is_seen(server):
 
 def test_probabilities_of_words_are_not_to_be_had_from_this_server(server, lm, tmp_path):
     with pytest.raises(InputError, match=r'gives no probabilities of words \(`transformers serve` never does; vLLM and llama.cpp do\)'):
-        remote_targets(tmp_path, server.endpoint, lm.tokenizer, [dict(messages=question('What is light?'))], k=4)
+        _remote_targets(tmp_path, server.endpoint, lm.tokenizer, [dict(messages=question('What is light?'))], k=4)
 
 
 def test_plain_text_is_continued(server):
@@ -255,7 +255,7 @@ def test_a_request_that_fails_for_good_is_counted_and_the_others_are_answered(se
 def test_the_key_of_the_environment_is_sent_and_written_nowhere(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-secret-1')
     assert module.connect(server.endpoint).api_key == 'sk-secret-1'
-    assert module.error_line(ValueError('no such key: sk-secret-1')) == 'no such key: …'
+    assert module._error_line(ValueError('no such key: sk-secret-1')) == 'no such key: …'
     ask(server.endpoint, [question('What is light?')], 8, file=tmp_path/'answers.jsonl')
     assert 'secret' not in (tmp_path/'answers.jsonl').read_text() + repr(server.endpoint) + ''.join(capsys.readouterr())
 
@@ -269,9 +269,9 @@ def test_a_far_teacher_writes_what_a_near_one_writes(server, lm, folder, tmp_pat
     before = server.requests
     ask_teacher(far, chats, 128, file=tmp_path/'answers.jsonl')
     assert server.requests == before
-    said = [next_turns(teacher, [preamble(teacher, texts[0])], 12, user=True)[0][0] for teacher in (far, lm)]  # the user's turn
+    said = [_next_turns(teacher, [_preamble(teacher, texts[0])], 12, user=True)[0][0] for teacher in (far, lm)]  # the user's turn
     assert (said[0].text, said[0].stopped) == (said[1].text, said[1].stopped)
-    written = [write_reading(teacher, papers)[0] for teacher in (replace(far, retries=0), lm)]
+    written = [_write_reading(teacher, papers)[0] for teacher in (replace(far, retries=0), lm)]
     assert [chat['paper_id'] for chat in written[0]] == [paper['id'] for paper in papers]
     report = build(dict(train=papers, valid=papers[:0], test=papers[:0]), tmp_path/'set', far, written=2)
     assert report['usage']['answers'] >= 6 and report['total']['read'] == sum(report['total'][verdict] for verdict in OUTCOMES)
@@ -281,7 +281,7 @@ def test_a_far_teacher_writes_what_a_near_one_writes(server, lm, folder, tmp_pat
 # --- one that thinks aloud --------------------------------------------------------------------------------------------------------
 
 # Asked for thoughts, the template opens them; asked for none, it closes them; else the model opens them by itself.
-THINKING = CHATML + ("{% if add_generation_prompt and enable_thinking is defined %}"
+THINKING = _CHATML + ("{% if add_generation_prompt and enable_thinking is defined %}"
                      "{{ '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}")
 TEXTS = dict(en=('On heat', 'Waves carry heat from warm bodies to cold bodies. Copper bodies are warm.'),
              ru=('О тепле', 'Волны несут тепло от тёплых тел к холодным. Медные тела тёплые.'))
@@ -294,8 +294,8 @@ ASKS, THINKS, SAYS = (dict(zip(TEXTS, texts)) for texts in (
 def lessons(paper: dict) -> list[tuple[list[dict], str]]:
     "What is asked about a paper, and what is to come behind the thoughts."
     ask, answer = ASKS[paper['lang']], SAYS[paper['lang']]
-    first = dict(role='system', content=paper_prompt(paper, 'preamble').format(f"{paper['title']}\n\n{paper['text']}"))
-    return [(question(paper_prompt(paper, 'question').format(paper['text'])), ask), (question(f"{paper['text']}\n\n{ask}"), answer),
+    first = dict(role='system', content=_paper_prompt(paper, 'preamble').format(f"{paper['title']}\n\n{paper['text']}"))
+    return [(question(_paper_prompt(paper, 'question').format(paper['text'])), ask), (question(f"{paper['text']}\n\n{ask}"), answer),
             ([first, *question(ask)], answer), (question(ask), answer)]
 
 
@@ -344,22 +344,22 @@ def test_only_what_follows_the_thoughts_is_the_answer_of_a_server(thinking, tmp_
 
 def test_room_for_thoughts_is_asked_of_the_server(thinking):
     asked = [question(ASKS['en'])]
-    [lost], usage = next_turns(thinking, asked, 4)
+    [lost], usage = _next_turns(thinking, asked, 4)
     assert lost.lost and not lost.stopped and usage.completion_tokens == 4
-    [short], usage = next_turns(thinking, asked, 4, thoughts=10)
+    [short], usage = _next_turns(thinking, asked, 4, thoughts=10)
     assert short.thoughts == THINKS['en'] and SAYS['en'].startswith(short.text) and not short.stopped and usage.completion_tokens == 14
-    [whole], usage = next_turns(replace(thinking, thoughts=40), asked, 4)
+    [whole], usage = _next_turns(replace(thinking, thoughts=40), asked, 4)
     assert (whole.text, whole.stopped) == (SAYS['en'], True) and 14 < usage.completion_tokens < 44
 
 
-@pytest.mark.parametrize('write', [write_reading, write_magpie])
+@pytest.mark.parametrize('write', [_write_reading, _write_magpie])
 def test_a_question_of_a_server_that_thinks_is_none_of_its_thoughts(thinking, write, monkeypatch):
     chats, _ = write(thinking, READ)
     assert [(chat['question'], chat['messages'][-1]['content'], chat['problem']) for chat in chats] == [
         (ask, answer, '') for ask, answer in zip(ASKS.values(), SAYS.values())]
     assert not any(thought in json.dumps(chat, ensure_ascii=False) for chat in chats for thought in THINKS.values())
-    if write is write_magpie: return
-    monkeypatch.setattr('scilm_adapt.instruct.budget', lambda teacher: (250, 18))  # out of room within its thoughts
+    if write is _write_magpie: return
+    monkeypatch.setattr('scilm_adapt.instruct._budget', lambda teacher: (250, 18))  # out of room within its thoughts
     lost, _ = write(thinking, READ)
     assert all(chat['question'] == '' and 'it thought aloud, and came to none' in chat['problem'] for chat in lost) and len(lost) == 2
 

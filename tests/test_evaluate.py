@@ -11,19 +11,19 @@ from scilm_adapt import evaluate, generate
 from scilm_adapt.errors import InputError
 from scilm_adapt.evaluate import (
     Compared,
+    _document_bits,
+    _pairs_of,
+    _reference_names,
     answers_of,
     bits_per_byte,
     compare,
     compare_seeds,
-    document_bits,
     finding,
     findings,
     lineup,
     measure,
     metrics,
     one_per_paper,
-    pairs_of,
-    reference_names,
     references,
     seeds_table,
     signed,
@@ -32,7 +32,7 @@ from scilm_adapt.evaluate import (
 from scilm_adapt.files import read_json
 from scilm_adapt.generate import answer_bits
 from scilm_adapt.instruct import Chats
-from scilm_adapt.intervals import Metric, Subject, seeds_interval, verdict
+from scilm_adapt.intervals import Metric, Subject, _verdict, seeds_interval
 from scilm_adapt.models import LanguageModel, save, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.runs import Run
@@ -76,7 +76,7 @@ def plain_nats(lm: LanguageModel, ids: list[int], counted: range) -> float:
 @pytest.mark.parametrize('context', [48, 17, 512])
 def test_document_bits_equal_a_plain_loop(lm, context):
     start, _ = document_ends(lm.tokenizer)
-    nats, sizes = document_bits(lm, TEXTS, context)
+    nats, sizes = _document_bits(lm, TEXTS, context)
     short = LanguageModel(lm.model, lm.tokenizer, 'short')
     for text, value, size in zip(TEXTS, nats, sizes, strict=True):
         ids = [start, *encode(lm.tokenizer, text)]
@@ -106,7 +106,7 @@ def test_answer_bits_count_the_reference_and_nothing_else(lm, chosen):
 def test_uniform_model_costs_the_logarithm_of_the_vocabulary():
     lm = tiny(TEXTS)
     with torch.no_grad(): lm.model.get_output_embeddings().weight.zero_()
-    nats, _ = document_bits(lm, TEXTS)
+    nats, _ = _document_bits(lm, TEXTS)
     assert np.allclose(nats, [len(encode(lm.tokenizer, text))*math.log(len(lm.tokenizer)) for text in TEXTS])
 
 
@@ -152,8 +152,8 @@ def test_a_sentence_in_full():
 
 
 def test_higher_is_better_for_stopping_only():
-    assert verdict(dict(low=0.1, high=0.2)) == 'worse' and verdict(dict(low=0.1, high=0.2), lower_is_better=False) == 'better'
-    assert verdict(dict(low=-1, high=0)) == 'open'
+    assert _verdict(dict(low=0.1, high=0.2)) == 'worse' and _verdict(dict(low=0.1, high=0.2), lower_is_better=False) == 'better'
+    assert _verdict(dict(low=-1, high=0)) == 'open'
 
 
 # --- the stage
@@ -337,7 +337,7 @@ def test_roles_decide_who_is_compared_with_whom():
     line = lineup(['base', 'contrast', 'distilled', 'teacher', 'one', 'two'])
     assert [one.role for one in line] == ['base', 'contrast', 'distilled', 'teacher', 'reference', 'reference']
     assert len({one.colour for one in line}) == len({one.marker for one in line}) == 6
-    assert [(one.name, other.name) for one, other in pairs_of(line)] == [
+    assert [(one.name, other.name) for one, other in _pairs_of(line)] == [
         ('contrast', 'base'), ('distilled', 'base'), ('distilled', 'contrast'), ('distilled', 'teacher'), ('distilled', 'one'),
         ('distilled', 'two')]
     given = [Compared('old', 'base', '#000000', 'o'), Compared('new', 'distilled', '#ff0000', 's')]  # as a run may name them
@@ -349,11 +349,11 @@ def test_roles_decide_who_is_compared_with_whom():
 @pytest.mark.parametrize('sources, names', [
     ('org/model other/model zoo:teacher', ['model', 'model 2', 'zoo:teacher']), ('/a/b/model/ a\\b\\large', ['model', 'large']),
     ('org/model org/model', ['model']), ('модель', ['модель']), ('', [])])
-def test_references_have_names_of_their_own(sources, names): assert [*reference_names(sources.split())] == names
+def test_references_have_names_of_their_own(sources, names): assert [*_reference_names(sources.split())] == names
 
 
 def test_a_reference_cannot_have_the_name_of_a_model_of_the_run():
-    with pytest.raises(InputError, match="'runs/3/distilled' would be called 'distilled'"): reference_names(['runs/3/distilled'])
+    with pytest.raises(InputError, match="'runs/3/distilled' would be called 'distilled'"): _reference_names(['runs/3/distilled'])
     with pytest.raises(InputError, match='there is no such model folder'): references('./nowhere')
 
 

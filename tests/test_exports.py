@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sources import outcome, write
 
-from scilm_adapt.exports import PAPERS, delatexed, formats, unknown_form
+from scilm_adapt.exports import _PAPERS, _delatexed, formats, unknown_form
 from scilm_adapt.reading import Refused, read_here
-from scilm_adapt.sources import format_of, rows
+from scilm_adapt.sources import _format_of, rows
 
 HEAT = 'We measure the flow of heat in films and compare it with a model.'
 ТЕПЛО = 'Теплота переходит от тёплых тел к холодным.'
@@ -40,7 +40,7 @@ def test_every_form_is_told_by_its_content_and_read(tmp_path, name, change):
     words = {'medline': [['heat', 'cold']]*2, 'pubmed': [[], []]}.get(name, [['heat', 'thin films'], ['тепло', 'холод']])
     assert read(tmp_path, text.encode(codec)) == [
         dict(id=known, title=title + stop, text=abstract, topics=['Heat']*(name == 'medline'), keywords=word)
-        for known, (title, abstract, *_), word in zip(IDS[name], PAPERS, words)]
+        for known, (title, abstract, *_), word in zip(IDS[name], _PAPERS, words)]
 
 
 def test_every_form_says_where_it_takes_what_from():
@@ -270,7 +270,7 @@ def test_key_words_however_they_are_parted(tmp_path, lines, wanted):
         'Теплота И холод'),
     ('no LaTeX: $5, 50%', 'no LaTeX: $5, 50%')])
 def test_latex_becomes_characters(latex, plain):
-    assert delatexed(latex) == plain
+    assert _delatexed(latex) == plain
     for value in (f'{{{latex}}}', f'{{{{{latex}}}}}', f'"{{{latex}}}"'):
         entry, = read_here(formats['bibtex'].read, f'@article{{k, title = {value}, year = 2020}}')
         assert entry.fields['title'] == ' '.join(plain.split())
@@ -325,7 +325,7 @@ ENTRIES = {
 @pytest.mark.parametrize('case', ENTRIES)
 def test_bibtex_entries(tmp_path, case):
     text, wanted = ENTRIES[case]
-    assert format_of(text.encode(), 'a.txt') == 'bibtex'
+    assert _format_of(text.encode(), 'a.txt') == 'bibtex'
     for data in (text, text.replace('\n', '\r\n')):
         found = briefly(read(tmp_path, data, 'a.bib'))
         assert len(found) == len(wanted)

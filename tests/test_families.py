@@ -16,7 +16,7 @@ from scilm_adapt.divergence import head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import respond, stream
 from scilm_adapt.instruct import Chats
-from scilm_adapt.models import ENDLESS, LanguageModel, distance, habits, hidden_states, load, logits_of, raw_states, save
+from scilm_adapt.models import _ENDLESS, LanguageModel, _raw_states, distance, habits, hidden_states, load, logits_of, save
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preflight import preflight
 from scilm_adapt.runs import Run
@@ -62,8 +62,8 @@ def test_a_model_that_is_asked_says_whether_it_keeps_packed_documents_apart(name
     model = model_of(name).model
     a, b = DOCUMENTS[1][:12], DOCUMENTS[3][:9]
     with torch.no_grad():
-        row = raw_states(model, input_ids=torch.tensor([a + b]), position_ids=torch.tensor([[*range(12), *range(9)]]))[0, 12:]
-        leaks = distance(row, raw_states(model, input_ids=torch.tensor([b]), attention_mask=torch.ones(1, 9, dtype=torch.long))[0]) > 1e-3
+        row = _raw_states(model, input_ids=torch.tensor([a + b]), position_ids=torch.tensor([[*range(12), *range(9)]]))[0, 12:]
+        leaks = distance(row, _raw_states(model, input_ids=torch.tensor([b]), attention_mask=torch.ones(1, 9, dtype=torch.long))[0]) > 1e-3
     assert habits(model).packs == (not leaks) == (name in PACKING)
     assert habits(of_family(name, TOKENIZER, larger=1.0).model.to(torch.bfloat16)).packs == (name in PACKING)  # where it leaks least
 
@@ -166,12 +166,12 @@ def test_a_model_that_reads_what_follows_is_refused_when_it_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize('changes, context', [
-    (('gpt2', {}), 96), (('gptj', {}), 96), (('opt', {}), 96), (('mpt', {}), 96), (('falcon', {}), 96), (('bloom', {}), ENDLESS),
-    (('bloom', dict(seq_length=50)), 50), (('mamba', {}), ENDLESS), (('recurrent_gemma', {}), ENDLESS), (('xlstm', {}), ENDLESS)])
+    (('gpt2', {}), 96), (('gptj', {}), 96), (('opt', {}), 96), (('mpt', {}), 96), (('falcon', {}), 96), (('bloom', {}), _ENDLESS),
+    (('bloom', dict(seq_length=50)), 50), (('mamba', {}), _ENDLESS), (('recurrent_gemma', {}), _ENDLESS), (('xlstm', {}), _ENDLESS)])
 def test_the_context_is_what_the_model_was_built_for(changes, context):
     lm = of_family(changes[0], TOKENIZER, **changes[1])
     assert lm.context == context
-    if context == ENDLESS:
+    if context == _ENDLESS:
         tokenizer = copy.deepcopy(TOKENIZER)
         tokenizer.model_max_length = 77
         assert replace(lm, tokenizer=tokenizer).context == 77

@@ -63,8 +63,8 @@ def kept(before: dict[str, object], root: Path) -> bool:
 
 # --- any tree, any command, any folder ---------------------------------------------------------------------------------------------
 
-NAMES = ('mine', 'notes.txt', 'заметки', files.MANIFEST, files.WORK, files.SEEN, files.LEDGER, runs.LOCK, runs.HOLDER, runs.UNFINISHED,
-         runs.DAMAGED, 'train', 'report.json', 'quarantine.jsonl', 'dataset_dict.json', 'answers.jsonl', 'corpus', 'models', 'figures',
+NAMES = ('mine', 'notes.txt', 'заметки', files.MANIFEST, files.WORK, files.SEEN, files._LEDGER, runs._LOCK, runs._HOLDER, runs.UNFINISHED,
+         runs._DAMAGED, 'train', 'report.json', 'quarantine.jsonl', 'dataset_dict.json', 'answers.jsonl', 'corpus', 'models', 'figures',
          'report.md', 'run.ipynb', 'metrics.json', 'README.md', '.mine.1-0123abcd', '.mine.1-0123abcd.old', '.mine.answers', '.mine.kept',
          '.scilm.1-0123abcd', 'stage-0123456789ab', 'stage', 'step-00000001', '.saving', 'targets.json', 'shard-00000.bin')
 CONTENTS = (b'', b'years of work', b'{}', b'{"files": {}, "hash": ""}', b'{"of": "mine", "process": 1, "machine": ""}', b'123\n', b'[1')
@@ -124,7 +124,7 @@ def attempt(work, out: str) -> str:
     except InputError as error:
         assert '\n' not in str(error)
         return str(error)
-    finally: [runs.unlock(folder) for folder in [*runs.locks]]
+    finally: [runs._unlock(folder) for folder in [*runs.locks]]
     return 'done'
 
 
@@ -169,7 +169,7 @@ def test_killed_at_any_moment_it_loses_nothing_and_goes_on(source, made, tmp_pat
     start = time.perf_counter()
     if where != 'new': work(str(out))
     else: work(str(tmp_path/'probe'))
-    runs.unlock(out), runs.unlock(tmp_path/'probe')
+    runs._unlock(out), runs._unlock(tmp_path/'probe')
     whole = time.perf_counter() - start
     for _ in range(6):
         killed(work, out, chance.uniform(0, 1.1*whole))
@@ -253,8 +253,8 @@ def test_evaluation_files_are_sources_too(source, made, tmp_path, monkeypatch, c
     assert os.listdir('exam') == ['papers.jsonl']
 
 
-IN_THE_WAY = ['run.ipynb', 'run.failed.ipynb', *runs.FILES, *runs.STAGES, *(f'{name}/mine.txt' for name in runs.STAGES), runs.LOCK,
-              files.LEDGER, 'models']
+IN_THE_WAY = ['run.ipynb', 'run.failed.ipynb', *runs._FILES, *runs._STAGES, *(f'{name}/mine.txt' for name in runs._STAGES), runs._LOCK,
+              files._LEDGER, 'models']
 
 
 @pytest.mark.parametrize('name', IN_THE_WAY)
@@ -301,8 +301,8 @@ def test_a_changed_file_of_a_stage_is_kept_aside(tmp_path, capsys):
     (folder/'deep'/'result.txt').write_text('all of it, and a remark')
     stage(run, 'corpus', {}, build)
     assert (folder/'deep'/'result.txt').read_text() == 'all of it'
-    assert (tmp_path/runs.DAMAGED/'1'/'deep'/'result.txt').read_text() == 'all of it, and a remark'
-    assert str(Path(runs.DAMAGED, '1')) in capsys.readouterr().out
+    assert (tmp_path/runs._DAMAGED/'1'/'deep'/'result.txt').read_text() == 'all of it, and a remark'
+    assert str(Path(runs._DAMAGED, '1')) in capsys.readouterr().out
 
 
 def test_a_stage_with_something_strange_in_it_is_refused(tmp_path):
@@ -324,9 +324,9 @@ def test_a_report_that_somebody_edited_is_not_written_over(tmp_path):
 
 def test_a_ledger_that_somebody_edited_is_no_proof(tmp_path):
     write_own(tmp_path, 'report.md', 'first')
-    (tmp_path/files.LEDGER).write_text((tmp_path/files.LEDGER).read_text().replace('report.md', 'thesis.md'))
+    (tmp_path/files._LEDGER).write_text((tmp_path/files._LEDGER).read_text().replace('report.md', 'thesis.md'))
     write_text(tmp_path/'thesis.md', 'first')
-    with pytest.raises(InputError, match=f'{files.LEDGER} was not made'): write_own(tmp_path, 'thesis.md', 'second')
+    with pytest.raises(InputError, match=f'{files._LEDGER} was not made'): write_own(tmp_path, 'thesis.md', 'second')
 
 
 def test_what_comes_in_while_a_folder_is_made_is_kept(tmp_path, capsys):

@@ -13,7 +13,7 @@ from world import exact, sentence
 
 from scilm_adapt import geometry
 from scilm_adapt.errors import InputError
-from scilm_adapt.geometry import alignment, isotropy, probe, similarities, similarity_figure, token_contrast, token_pairs, uniformity
+from scilm_adapt.geometry import _similarities, alignment, isotropy, probe, similarity_figure, token_contrast, token_pairs, uniformity
 from scilm_adapt.models import hidden_states, tiny
 from scilm_adapt.tokens import encode_documents, pack
 from scilm_adapt.training import fit, lm_loss, micro_batches
@@ -78,7 +78,7 @@ def test_alignment_and_uniformity_are_their_definitions():
 
 def test_the_halves_of_a_document_are_its_own_tokens():
     hidden, segments = torch.arange(14.0).view(2, 7, 1), torch.tensor([[1, 1, 1, 2, 3, 3, 0], [0, 1, 1, 1, 1, 0, 0]])
-    means = geometry.half_means(hidden, segments)[..., 0]  # one token has no halves
+    means = geometry._half_means(hidden, segments)[..., 0]  # one token has no halves
     assert torch.equal(means, torch.tensor([[0.5, 2], [4, 5], [8.5, 10.5]]))
 
 
@@ -186,7 +186,7 @@ def test_no_table_of_all_pairs_is_made():
             return out
     rows, length, size, chunk = 2, 512, 8, 16
     hidden = torch.randn(rows, length, size)
-    with Watch(): geometry.pair_hinge(F.normalize(hidden.flatten(0, 1), dim=-1), torch.arange(rows).repeat_interleave(length),
+    with Watch(): geometry._pair_hinge(F.normalize(hidden.flatten(0, 1), dim=-1), torch.arange(rows).repeat_interleave(length),
                              torch.arange(rows*length), torch.ones(rows*length), 0.5, chunk=chunk, wanted=True)
     assert sizes and max(sizes) <= rows*length*max(chunk, size)
 
@@ -234,7 +234,7 @@ def test_the_probe_gives_what_the_losses_give(lm):
     assert found['isotropy'] == pytest.approx(isotropy(hidden, batch['segments']).item(), abs=1e-10)
     assert found['token_contrast'] == pytest.approx(token_contrast(hidden, batch['segments']).item(), abs=1e-10)
     assert found['active'] == pytest.approx((cosines > 0.5).float().mean().item(), abs=1e-4)
-    a, b = geometry.half_means(hidden, batch['segments']).unbind(1)
+    a, b = geometry._half_means(hidden, batch['segments']).unbind(1)
     assert len(a) == len(TEXTS) and found['alignment'] == pytest.approx(alignment(a, b).item(), abs=1e-10)
     assert found['uniformity'] == pytest.approx(uniformity(a).item(), abs=1e-10)
 
@@ -257,7 +257,7 @@ def test_the_weight_follows_the_hinge(lm):
 
 
 def test_the_picture_shows_every_model_on_one_scale(lm):
-    table = similarities(narrowed(lm), TEXTS[4], tokens=9)
+    table = _similarities(narrowed(lm), TEXTS[4], tokens=9)
     assert table.shape == (9, 9) and torch.allclose(table, table.T) and torch.allclose(table.diagonal(), torch.ones(9))
     figure = similarity_figure(dict(before=narrowed(lm), after=lm), TEXTS[4])
     meshes = [axis.collections[0] for axis in figure.axes[:2]]
@@ -285,7 +285,7 @@ class Mute(torch.nn.Linear):
     (lambda lm: probe(lm, TEXTS[:1]), 'documents'),
     (lambda lm: probe(lm, TEXTS, margin=-1), 'margin'),
     (lambda lm: probe(replace(lm, model=Mute(1, 1), name='mute'), TEXTS), 'mute'),
-    (lambda lm: similarities(lm, TEXTS[0], tokens=1), 'tokens')])
+    (lambda lm: _similarities(lm, TEXTS[0], tokens=1), 'tokens')])
 def test_what_cannot_work_is_said_in_a_sentence(lm, wrong, named):
     with pytest.raises(InputError, match=named) as error: wrong(lm)
     assert str(error.value).endswith('.')

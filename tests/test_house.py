@@ -352,7 +352,7 @@ def test_defaults_of_the_run_notebook_are_the_quickstart():
 def test_a_setting_has_one_name_and_one_default():
     "What both stages share stands in the notebook's cell and in the recipe; all else in one place."
     parameters = run_parameters()
-    shared = {one.name: one for one in fields(recipe.Recipe) if one.name not in recipe.OWN}
+    shared = {one.name: one for one in fields(recipe.Recipe) if one.name not in recipe._OWN}
     assert {name: parameters[name].default for name in shared} == {name: one.default for name, one in shared.items()}
     for stage, kind in dict(contrast=contrast.Recipe, distil=distill.Recipe).items():
         listed = {name.removeprefix(f'{stage}.') for name, one in parameters.items() if one.listed and name.startswith(f'{stage}.')}

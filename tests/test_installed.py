@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from scilm_adapt.duplicates import fingerprint
-from scilm_adapt.installed import cache_folder, docs_record, docstrings, installed_docs, paragraphs
+from scilm_adapt.installed import _cache_folder, _docs_record, _docstrings, _paragraphs, installed_docs
 from scilm_adapt.papers import split
 
 
@@ -43,12 +43,12 @@ def test_docstrings_of_everything_that_can_have_one(tmp_path):
     path = tmp_path/'m.py'
     path.write_text('"""Module."""\nclass A:\n    """Class."""\n    async def f(self):\n        """Method."""\n'
                     'if True:\n    def g():\n        """Function."""\n        def h():\n            """Inner."""\n', encoding='utf-8')
-    assert dict(docstrings('m', str(path))) == {'m': 'Module.', 'm.A': 'Class.', 'm.A.f': 'Method.', 'm.g': 'Function.',
+    assert dict(_docstrings('m', str(path))) == {'m': 'Module.', 'm.A': 'Class.', 'm.A.f': 'Method.', 'm.g': 'Function.',
                                                 'm.g.h': 'Inner.'}
     path.write_text('def broken(:\n')
-    assert docstrings('m', str(path)) == []
+    assert _docstrings('m', str(path)) == []
     path.write_bytes('"""Wärme"""'.encode('latin-1'))
-    assert docstrings('m', str(path)) == []
+    assert _docstrings('m', str(path)) == []
 
 
 PROSE = 'The transform turns a differential equation into one that is easier to solve by hand.'
@@ -63,18 +63,18 @@ PROSE = 'The transform turns a differential equation into one that is easier to 
     ('Transform a function.\n', None),
 ], ids=range(6))
 def test_prose_is_kept_and_code_is_not(docstring, wanted):
-    record = docs_record('name', docstring)
+    record = _docs_record('name', docstring)
     assert (record and record['text'].split('\n')) == wanted
 
 
 def test_markup_is_read_as_plain_words():
-    found = paragraphs('See :func:`numpy.fft.fft <fft>` and ``x``, `the guide <http://a.b>`_ and **more** [1]_.')
+    found = _paragraphs('See :func:`numpy.fft.fft <fft>` and ``x``, `the guide <http://a.b>`_ and **more** [1]_.')
     assert found == ['See numpy.fft.fft and x, the guide and more.']
 
 
 def test_a_home_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path, monkeypatch):
     (tmp_path/'file').touch()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
-    assert cache_folder().name == 'scilm_adapt' and tmp_path/'file' not in cache_folder().parents
+    assert _cache_folder().name == 'scilm_adapt' and tmp_path/'file' not in _cache_folder().parents
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'there'))
-    assert cache_folder() == tmp_path/'there'/'scilm_adapt' and cache_folder().is_dir()
+    assert _cache_folder() == tmp_path/'there'/'scilm_adapt' and _cache_folder().is_dir()

@@ -20,27 +20,27 @@ from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, seal, write_text
 from scilm_adapt.generate import Answer
 from scilm_adapt.instruct import (
-    CHAT_COLUMNS,
-    OPEN_KINDS,
-    TAUGHT,
+    _CHAT_COLUMNS,
+    _OPEN_KINDS,
+    _TAUGHT,
     QualityFilter,
+    _candidate,
+    _endpoint_tokenizer,
+    _excerpt_of,
+    _kinds_of,
+    _next_turns,
+    _preamble,
+    _question_in,
+    _refusal_of,
+    _user_ids,
+    _user_prompt,
+    _write_magpie,
+    _write_reading,
     answer_filters,
     ask_teacher,
     build,
-    candidate,
-    endpoint_tokenizer,
-    excerpt_of,
-    kinds_of,
     mine_all,
-    next_turns,
-    preamble,
     prepare,
-    question_in,
-    refusal_of,
-    user_ids,
-    user_prompt,
-    write_magpie,
-    write_reading,
 )
 from scilm_adapt.mining import kinds, mine
 from scilm_adapt.models import LanguageModel, save, tiny
@@ -87,7 +87,7 @@ def random_teacher() -> LanguageModel:
 def taught(answer: str, question: str = '', context: int = 256) -> LanguageModel:
     "A tiny model that was trained for a moment to give one answer to everything, and to ask one question in a user's place."
     lm = tiny([*WORDS, answer, question], hidden=32, layers=1, heads=2, context=context)
-    asked = [mine(paper, kind)['messages'][0] for paper in many(20) for kind in TAUGHT if mine(paper, kind)]
+    asked = [mine(paper, kind)['messages'][0] for paper in many(20) for kind in _TAUGHT if mine(paper, kind)]
     chats = [[message, dict(role='assistant', content=answer)] for message in asked]
     pairs = [encode_chat(lm.tokenizer, chat) for chat in chats]
     if question:  # a user's turn is learnt like an answer
@@ -107,21 +107,21 @@ def fluent() -> LanguageModel:
 
 
 def chat_of(paper: dict, answer: str, question: str = 'What flows from warm bodies?', kind: str = 'magpie', **more) -> dict:
-    return candidate(paper, kind, question, question, Answer([], answer, True)) | more
+    return _candidate(paper, kind, question, question, Answer([], answer, True)) | more
 
 
 # --- kinds and their mix ----------------------------------------------------------------------------------------------------------
 
 def test_kinds_are_named_one_way_or_another():
-    assert kinds_of('', kinds) == kinds_of('all', kinds) == list(kinds) and kinds_of(list(TAUGHT), kinds) == list(TAUGHT)
-    assert kinds_of('terms, title', kinds) == kinds_of('terms title', kinds) == ['title', 'terms']
-    with pytest.raises(InputError, match="no kind of conversation 'titel'; the kinds are title"): kinds_of('terms,titel', kinds)
-    assert set(TAUGHT) | set(OPEN_KINDS) <= set(kinds)
+    assert _kinds_of('', kinds) == _kinds_of('all', kinds) == list(kinds) and _kinds_of(list(_TAUGHT), kinds) == list(_TAUGHT)
+    assert _kinds_of('terms, title', kinds) == _kinds_of('terms title', kinds) == ['title', 'terms']
+    with pytest.raises(InputError, match="no kind of conversation 'titel'; the kinds are title"): _kinds_of('terms,titel', kinds)
+    assert set(_TAUGHT) | set(_OPEN_KINDS) <= set(kinds)
 
 
 def test_conversations_that_do_not_fit_are_left_out_and_none_is_cut(random_teacher):
     tokenizer, papers = random_teacher.tokenizer, many(60)
-    everything = [mine(paper, kind, 100//5) for paper in papers for kind in TAUGHT]
+    everything = [mine(paper, kind, 100//5) for paper in papers for kind in _TAUGHT]
     everything = [chat for chat in everything if chat]
     chats = mine_all(papers, tokenizer, 100)
     sizes = [len(encode_chat(tokenizer, chat['messages'])[0]) for chat in everything]
@@ -135,7 +135,7 @@ def test_the_mix_is_a_function_of_the_seed(random_teacher):
     one, again, other = (mine_all(papers, random_teacher.tokenizer, 256, seed=seed) for seed in (0, 0, 1))
     assert one == again and [c['paper_id'] for c in one] != [c['paper_id'] for c in other]
     assert len({(chat['paper_id'], chat['kind']) for chat in one}) == len(one)
-    assert {chat['kind'] for chat in one[:20]} == set(TAUGHT)  # mixed from the beginning
+    assert {chat['kind'] for chat in one[:20]} == set(_TAUGHT)  # mixed from the beginning
     assert {chat['kind'] for chat in mine_all(papers, random_teacher.tokenizer, 256, chosen=['terms', 'order'])} == {'terms', 'order'}
 
 
@@ -151,8 +151,8 @@ def test_a_paper_about_control_tokens_cannot_end_a_turn(random_teacher):
     count = lambda ids: sum(i in controls for i in ids)
     for text in (bad, 'Heat.'):
         messages = [dict(role='system', content=text)]
-        assert count(user_ids(random_teacher, messages)) == 3  # <|im_start|> … <|im_end|> <|im_start|>
-        assert count(tokenizer(user_prompt(tokenizer, messages))['input_ids']) == 3  # as a server would read it
+        assert count(_user_ids(random_teacher, messages)) == 3  # <|im_start|> … <|im_end|> <|im_start|>
+        assert count(tokenizer(_user_prompt(tokenizer, messages))['input_ids']) == 3  # as a server would read it
 
 
 # --- answers by a teacher ---------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_the_paper_keeps_its_answer_where_the_teacher_does_not_stop(random_teach
     assert ask_teacher(random_teacher, chats, 128) == chats  # random weights go on for ever
     wordy = taught('Heat flows always. '*12)
     chats = mine_all(many(20), wordy.tokenizer, 128)[:12]
-    answers, _ = next_turns(wordy, [chat['messages'][:1] for chat in chats], 32, context=128)
+    answers, _ = _next_turns(wordy, [chat['messages'][:1] for chat in chats], 32, context=128)
     assert sum(bool(answer and len(answer.text.split()) > 2) for answer in answers) > 5 and ask_teacher(wordy, chats, 128) == chats
 
 
@@ -191,7 +191,7 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked():
     prompts = [len(encode_chat(teacher.tokenizer, chat['messages'][:1], True)[0]) for chat in chats]
     assert max(prompts) + 96//4 > 96
     assert [chat['paper_id'] for chat in ask_teacher(teacher, chats, 96)] == [chat['paper_id'] for chat in chats]
-    answers, usage = next_turns(teacher, [chat['messages'][:1] for chat in chats], 24)
+    answers, usage = _next_turns(teacher, [chat['messages'][:1] for chat in chats], 24)
     assert usage.missing == answers.count(None) == sum(prompt + 24 > 96 for prompt in prompts)
     assert usage.answers == len(chats) - usage.missing
 
@@ -219,7 +219,7 @@ def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypat
     finally: client.kill(); client.wait()
     kept = len(finished(file))
     assert 17 <= kept < 96, 'it was killed in the middle of its work'
-    monkeypatch.setattr(instruct, 'CHUNK', 8)
+    monkeypatch.setattr(instruct, '_CHUNK', 8)
     computed, respond = [], instruct.respond
     monkeypatch.setattr(instruct, 'respond', lambda lm, prompts, *a, **k: computed.append(len(prompts)) or respond(lm, prompts, *a, **k))
     resumed = ask_teacher(fluent, chats, 128, file=file)
@@ -239,18 +239,18 @@ def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypat
     ('Вопрос: «Что переносит теплоту?»', 'Что переносит теплоту?'), ('1) What is heat?\n2) What is light?', 'What is heat?'),
     ('Question 3: What is\nWhat is heat made of?', 'What is heat made of?'), ('Heat flows.', ''), ('Why?', ''), ('', '')])
 def test_the_question_is_found_in_what_a_teacher_writes(text, question):
-    assert question_in(text) == question
+    assert _question_in(text) == question
 
 
 def test_a_passage_is_whole_sentences_and_of_a_long_paper_from_anywhere():
-    assert excerpt_of(ENGLISH, 100) == ' '.join(ENGLISH['text'].split())
-    assert excerpt_of(RUSSIAN, 12) == RUSSIAN['text'][:RUSSIAN['text'].index(' Ёмкость')] and excerpt_of(ENGLISH, 2) == ''
+    assert _excerpt_of(ENGLISH, 100) == ' '.join(ENGLISH['text'].split())
+    assert _excerpt_of(RUSSIAN, 12) == RUSSIAN['text'][:RUSSIAN['text'].index(' Ёмкость')] and _excerpt_of(ENGLISH, 2) == ''
     long = ENGLISH | dict(sections=[dict(title=str(n), text=f'Section {n} has a sentence of its own. It ends here.') for n in range(40)])
-    passages = {excerpt_of(long, 20, seed) for seed in range(20)}
+    passages = {_excerpt_of(long, 20, seed) for seed in range(20)}
     assert len(passages) > 5 and all(len(passage.split()) <= 20 and passage[-1] in '.!?' for passage in passages)
 
 
-@pytest.mark.parametrize('write', [write_reading, write_magpie])
+@pytest.mark.parametrize('write', [_write_reading, _write_magpie])
 def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher):
     asker = taught('Does heat flow always?', 'Does heat flow at night?')
     for teacher in (asker, random_teacher):
@@ -261,7 +261,7 @@ def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher
         assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
         for chat in chats:
             number = int(chat['paper_id'].removeprefix('paper-'))
-            assert (chat['author'], chat['kind'], chat['lang']) == ('teacher', write.__name__[6:], 'en' if number % 2 else 'ru')
+            assert (chat['author'], chat['kind'], chat['lang']) == ('teacher', write.__name__.removeprefix('_write_'), 'en' if number % 2 else 'ru')
             if chat['problem']: continue
             asked, said = (message['content'] for message in chat['messages'])
             assert chat['question'].split() and asked.endswith(chat['question']) and said
@@ -269,18 +269,18 @@ def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher
         if teacher is random_teacher: assert all('question' in chat['problem'] or 'no answer' in chat['problem'] for chat in chats)
         else:
             assert len(whole) >= 4 and all(chat['stopped'] for chat in whole) and write(asker, papers)[0] == chats
-            for chat in whole if write is write_reading else []:
-                assert chat['messages'][0]['content'].partition('\n\n')[0] in {excerpt_of(paper, 51) for paper in papers}
+            for chat in whole if write is _write_reading else []:
+                assert chat['messages'][0]['content'].partition('\n\n')[0] in {_excerpt_of(paper, 51) for paper in papers}
 
 
 def test_a_preamble_finds_its_place_in_any_template(random_teacher):
-    assert preamble(random_teacher, 'Heat.') == [dict(role='system', content='Heat.')]
+    assert _preamble(random_teacher, 'Heat.') == [dict(role='system', content='Heat.')]
     other = tiny(WORDS)
     plain = other.tokenizer.chat_template
     for template in ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + plain,
                      plain.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")):
         other.tokenizer.chat_template = template
-        assert [message['role'] for message in preamble(other, 'Heat.')] == ['user', 'assistant']
+        assert [message['role'] for message in _preamble(other, 'Heat.')] == ['user', 'assistant']
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------------------
@@ -311,8 +311,8 @@ def judged(name: str, text: str) -> dict:
 @pytest.mark.parametrize('paper,answer', GOOD, ids=['English', 'Russian'])
 def test_a_good_answer_passes_every_filter(paper, answer):
     question = 'Что переходит от тёплых тел?' if paper is RUSSIAN else 'What flows from warm bodies?'
-    assert refusal_of(chat_of(paper, answer, question), paper) == ('', '')
-    assert refusal_of(chat_of(paper, answer.replace('bodies', '1200 bodies').replace('тел', '1,200 тел', 1), question), paper) == ('', '')
+    assert _refusal_of(chat_of(paper, answer, question), paper) == ('', '')
+    assert _refusal_of(chat_of(paper, answer.replace('bodies', '1200 bodies').replace('тел', '1,200 тел', 1), question), paper) == ('', '')
 
 
 @pytest.mark.parametrize(('name', 'text'), EACH, ids=[f'{name}-{text[:20]}' for name, text in EACH])
@@ -321,28 +321,28 @@ def test_each_filter_refuses_what_it_is_for(name, text):
     question = 'Откуда идёт вся теплота?' if paper is RUSSIAN else 'What flows from warm bodies?'
     chat = chat_of(paper, text, question)
     assert answer_filters[name](chat, paper), f'{name} lets it pass'
-    assert name in {'grounding', 'loop', 'copy'} or refusal_of(chat, paper)[0] == name
-    assert refusal_of(chat, paper)[1]
-    assert refusal_of(chat | dict(author='paper'), paper) == ('', '')  # a paper's own answers are true, whole, and as short as they are
+    assert name in {'grounding', 'loop', 'copy'} or _refusal_of(chat, paper)[0] == name
+    assert _refusal_of(chat, paper)[1]
+    assert _refusal_of(chat | dict(author='paper'), paper) == ('', '')  # a paper's own answers are true, whole, and as short as they are
 
 
 def test_an_answer_without_an_end_and_a_question_about_something_else_are_refusal_of():
     for paper, answer in GOOD:
-        assert refusal_of(chat_of(paper, answer, stopped=False), paper)[0] == 'truncated'
-        assert refusal_of(chat_of(paper, answer + '\ufffd'), paper)[0] == 'truncated'
+        assert _refusal_of(chat_of(paper, answer, stopped=False), paper)[0] == 'truncated'
+        assert _refusal_of(chat_of(paper, answer + '\ufffd'), paper)[0] == 'truncated'
         away = 'Who composed famous operas?' if paper is ENGLISH else 'Который композитор сочинил знаменитые оперы?'
-        assert refusal_of(chat_of(paper, answer, away), paper)[0] == 'grounding'
+        assert _refusal_of(chat_of(paper, answer, away), paper)[0] == 'grounding'
 
 
 def test_a_passage_given_back_is_a_copy_and_a_quoted_sentence_is_none():
     for paper in (ENGLISH, RUSSIAN):
-        passage, question = excerpt_of(paper, 100), 'What carries heat here?' if paper is ENGLISH else 'Что проводит теплоту лучше?'
+        passage, question = _excerpt_of(paper, 100), 'What carries heat here?' if paper is ENGLISH else 'Что проводит теплоту лучше?'
         chat = chat_of(paper, passage, question, 'reading') | dict(messages=[dict(role='user', content=f'{passage}\n\n{question}'),
                                                                            dict(role='assistant', content=passage)])
-        assert refusal_of(chat, paper)[0] == 'copy'
+        assert _refusal_of(chat, paper)[0] == 'copy'
         quote = ENGLISH['text'].split('\n')[1].partition('? ')[2] if paper is ENGLISH else 'Электроны меди свободны.'
         chat['messages'][1]['content'] = quote
-        assert refusal_of(chat, paper) == ('', '')
+        assert _refusal_of(chat, paper) == ('', '')
 
 
 # --- the quality filter -------------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_every_candidate_gets_one_verdict_and_every_refusal_a_reason():
 
 def test_mined_answers_may_repeat_and_a_refused_question_can_still_be_asked():
     quality, question = QualityFilter(), mine(ENGLISH, 'title')['messages'][0]['content']
-    assert not quality.passes(candidate(ENGLISH, 'title', '', question, Answer([], 'I cannot say.', True)), ENGLISH, 'train', 1)
+    assert not quality.passes(_candidate(ENGLISH, 'title', '', question, Answer([], 'I cannot say.', True)), ENGLISH, 'train', 1)
     assert quality.passes(mine(ENGLISH, 'title'), ENGLISH, 'train', 1)  # the paper's own answer takes the place
     for n in range(3):
         yes = [dict(role='user', content=f'{n}?'), dict(role='assistant', content='Yes.')]
@@ -410,7 +410,7 @@ def test_the_folder_opens_and_its_counts_add_up(published):
     numbers_add_up(report)
     assert list(data) == list(SPLITS) == [row['file'] for row in report['files']]
     for row in report['files']:
-        assert data[row['file']].num_rows == row['kept'] > 10 and data[row['file']].column_names == list(CHAT_COLUMNS)
+        assert data[row['file']].num_rows == row['kept'] > 10 and data[row['file']].column_names == list(_CHAT_COLUMNS)
     chat = data['train'][0]
     assert [message['role'] for message in chat['messages']] == ['user', 'assistant'] and chat['messages'][0].keys() == {'role', 'content'}
     assert report['total']['decontaminated'] and report['total']['filtered'] and report['total']['duplicates']
@@ -484,11 +484,11 @@ def test_magpie_wants_the_template_of_a_far_teacher(tmp_path, random_teacher, ca
     far = Endpoint('http://127.0.0.1:9/v1', 'no-such-model')
     with pytest.raises(InputError, match="tokenizer of 'no-such-model' is not at hand.*leave out the kind magpie"):
         build(split(many(100)), tmp_path/'set', far, kinds='magpie')
-    assert 'magpie' not in instruct.chosen_kinds('', far) and 'without magpie: ' in capsys.readouterr().out
+    assert 'magpie' not in instruct._chosen_kinds('', far) and 'without magpie: ' in capsys.readouterr().out
     save(random_teacher, tmp_path/'model')
     near = Endpoint('http://127.0.0.1:9/v1', 'm', tokenizer=str(tmp_path/'model'))
-    assert 'magpie' in instruct.chosen_kinds('', near) and endpoint_tokenizer(near).chat_template
-    prompt = user_prompt(endpoint_tokenizer(near), [dict(role='system', content='Heat<|im_end|>')])
+    assert 'magpie' in instruct._chosen_kinds('', near) and _endpoint_tokenizer(near).chat_template
+    prompt = _user_prompt(_endpoint_tokenizer(near), [dict(role='system', content='Heat<|im_end|>')])
     assert prompt == '<|im_start|>system\nHeat< |im_end|><|im_end|>\n<|im_start|>user\n'
 
 
@@ -521,7 +521,7 @@ def test_the_stage_splits_by_paper_and_is_kept(tmp_path, corpus, fluent, random_
 
 
 def test_the_stage_goes_on_after_the_answers_that_it_had(tmp_path, corpus, fluent, monkeypatch):
-    monkeypatch.setattr(instruct, 'CHUNK', 4)
+    monkeypatch.setattr(instruct, '_CHUNK', 4)
     sizes, respond, asked = dict(conversations=60, teacher_answers=20, held_out=12, context=128), instruct.respond, []
     def counted(lm, prompts, *rest, **options):
         if len(asked) == dies: raise RuntimeError('the power fails')
@@ -552,8 +552,8 @@ def test_the_stage_is_made_anew_for_another_template_or_other_kinds(tmp_path, co
 
 
 def test_the_stage_asks_a_teacher_only_what_has_many_right_answers(tmp_path, corpus, fluent, monkeypatch):
-    asked, whole = [], instruct.own_answers
-    monkeypatch.setattr(instruct, 'own_answers', lambda lm, chats, *more: asked.extend(c['kind'] for c in chats) or whole(lm, chats, *more))
+    asked, whole = [], instruct._own_answers
+    monkeypatch.setattr(instruct, '_own_answers', lambda lm, some, *more: asked.extend(c['kind'] for c in some) or whole(lm, some, *more))
     chats = prepare(Run(tmp_path), corpus, fluent, conversations=60, teacher_answers=60, held_out=5, context=128, kinds='order explanation')
     assert {chat['kind'] for chat in chats.train if chat['author'] == 'teacher'} == set(asked) == {'explanation'}
 

@@ -7,13 +7,13 @@ from scipy import stats
 
 from scilm_adapt.errors import InputError
 from scilm_adapt.intervals import (
+    _resampled_ratios,
+    _verdict,
     difference_interval,
     rate_difference_interval,
     rate_interval,
     ratio_interval,
-    resampled_ratios,
     seeds_interval,
-    verdict,
 )
 
 
@@ -43,7 +43,7 @@ def test_bootstrap_agrees_with_scipy():
 def test_bootstrap_is_a_function_of_its_seed_and_draws_in_blocks():
     nats, sizes = documents(0, 5000)
     assert ratio_interval(nats, sizes, seed=1) == ratio_interval(nats, sizes, seed=1) != ratio_interval(nats, sizes, seed=2)
-    assert len(resampled_ratios(nats, sizes, resamples=2001)) == 2001
+    assert len(_resampled_ratios(nats, sizes, resamples=2001)) == 2001
     assert ratio_interval([3.0], [2.0]) == dict(value=1.5, low=1.5, high=1.5)
 
 
@@ -62,7 +62,7 @@ def test_a_difference_is_rarely_found_where_there_is_none():
     for seed in range(400):
         (one, sizes), draw = documents(seed), np.random.default_rng(seed + 9999)
         other = one + sizes*draw.normal(0, 0.1, len(sizes))
-        wrong += verdict(difference_interval(other, one, sizes, resamples=300)) != 'open'
+        wrong += _verdict(difference_interval(other, one, sizes, resamples=300)) != 'open'
     assert 0.02 <= wrong/400 <= 0.09
 
 
@@ -133,5 +133,5 @@ def test_one_seed_gives_no_interval_over_seeds():
 
 
 def test_verdicts_are_open_where_zero_is_possible():
-    assert verdict(dict(low=0.1, high=0.2)) == 'worse' and verdict(dict(low=0.1, high=0.2), lower_is_better=False) == 'better'
-    assert verdict(dict(low=-1, high=0)) == 'open'
+    assert _verdict(dict(low=0.1, high=0.2)) == 'worse' and _verdict(dict(low=0.1, high=0.2), lower_is_better=False) == 'better'
+    assert _verdict(dict(low=-1, high=0)) == 'open'

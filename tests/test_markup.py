@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from scilm_adapt.cleaning import apply_rules
-from scilm_adapt.markup import articles, formats, layouts, mathml, plain, prose, read_xml
+from scilm_adapt.cleaning import _apply_rules
+from scilm_adapt.markup import _plain, _prose, _read_xml, articles, formats, layouts, mathml
 from scilm_adapt.papers import document, read
 from scilm_adapt.reading import Refused, Row, read_here
 
@@ -16,7 +16,7 @@ MML = 'xmlns:mml="http://www.w3.org/1998/Math/MathML"'
 
 
 def as_prose(markup: str) -> str:
-    return prose(etree.fromstring(f'<p {MML}>{markup}</p>'))
+    return _prose(etree.fromstring(f'<p {MML}>{markup}</p>'))
 
 
 def as_formula(markup: str) -> str:
@@ -43,14 +43,14 @@ def tei(paragraph: str) -> str:
 
 
 def fields_of(data: str) -> list[dict]:
-    found = read_here(read_xml, data)
+    found = read_here(_read_xml, data)
     assert all(isinstance(entry, Row) for entry in found), found
     return [entry.fields for entry in found]
 
 
 def outcome(data: str | bytes) -> list[str]:
     "The title of each row, the reason of each that is refused."
-    return [entry.fields['title'] if isinstance(entry, Row) else entry.reason for entry in read_here(read_xml, data)]
+    return [entry.fields['title'] if isinstance(entry, Row) else entry.reason for entry in read_here(_read_xml, data)]
 
 
 # --- raised and lowered text ------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_raised_and_lowered_text_is_the_same_in_every_xml_as_in_json(tmp_path, m
     wanted = f'Heat: {RAISED[markup]} here'
     assert [fields_of(make(f'Heat: {markup} here'))[0]['text'] for make in (jats, pubmed, tei)] == [wanted]*3
     (tmp_path/'a.jsonl').write_text(json.dumps(dict(title='On heat', text=f'Heat: {markup} here')) + '\n')
-    assert apply_rules(read(str(tmp_path/'a.jsonl'))[0]['text'])[0] == wanted
+    assert _apply_rules(read(str(tmp_path/'a.jsonl'))[0]['text'])[0] == wanted
 
 
 @pytest.mark.parametrize(('markup', 'wanted'), [
@@ -127,7 +127,7 @@ def items(*texts: str) -> str:
     ('one\n  two', 'one two')])
 def test_blocks_break_the_line_and_inline_elements_do_not(markup, wanted):
     assert as_prose(markup) == wanted
-    assert plain(etree.fromstring(f'<p>{markup}</p>')) == ' '.join(wanted.split())
+    assert _plain(etree.fromstring(f'<p>{markup}</p>')) == ' '.join(wanted.split())
 
 
 inline = st.sampled_from(['italic', 'bold', 'i', 'named-content', 'sc', 'monospace', 'ext-link'])
@@ -216,7 +216,7 @@ def test_formula_on_one_line(markup):
 @pytest.mark.parametrize('markup', FORMULAS)
 def test_cleaning_leaves_formulas_alone(markup):
     text = f'We see that {FORMULAS[markup]} is what it is, and {FORMULAS[markup]} again.'
-    assert apply_rules(text)[0] == text
+    assert _apply_rules(text)[0] == text
 
 
 PRESENTATION = ('mfrac msup msub munder mover').split()
@@ -281,7 +281,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize('form', formats['xml'].forms, ids=lambda form: form.name)
 def test_example_of_every_form_is_read(form):
-    entry, = read_here(read_xml, form.example)
+    entry, = read_here(_read_xml, form.example)
     if form.name not in EXAMPLES: assert isinstance(entry, Refused) and 'no abstracts' in entry.reason and 'refused' in form.name; return
     assert (entry.fields['title'], entry.fields['text'], entry.fields.get('sections', []), entry.fields['id']) == EXAMPLES[form.name]
     assert form.title and form.text and bool(form.sections) >= bool(EXAMPLES[form.name][2]) and form.id
@@ -289,7 +289,7 @@ def test_example_of_every_form_is_read(form):
 
 
 def test_examples_of_all_forms_in_one_file_are_counted_each():
-    found = read_here(read_xml, f"<all>{''.join(form.example for form in formats['xml'].forms)}</all>")
+    found = read_here(_read_xml, f"<all>{''.join(form.example for form in formats['xml'].forms)}</all>")
     assert [entry.line for entry in found] == [*range(1, len(articles) + 1)]
     assert sum(isinstance(entry, Row) for entry in found) == len(EXAMPLES) == len(articles) - 1
 
@@ -356,7 +356,7 @@ def test_articles_within_an_article_are_records_of_their_own_and_letters_about_i
     data = jats('Heat flows.').replace('</article>', f'<body><p>Body.</p></body><sub-article article-type="translation" xml:lang="ru">'
                                        f'{stub.format("О теплоте", RU)}<body><p>Тело.</p></body></sub-article><sub-article '
                                        f'article-type="reviewer-report">{stub.format("Review", "Good.")}</sub-article></article>')
-    first, second, third = read_here(read_xml, f'<set>{data}</set>')
+    first, second, third = read_here(_read_xml, f'<set>{data}</set>')
     assert first.fields['title'] == 'On heat' and document(first.fields) == 'On heat\n\nHeat flows.\n\nBody.'
     assert second.fields['lang'] == 'ru' and document(second.fields) == f'О теплоте\n\n{RU}\n\nТело.'
     assert isinstance(third, Refused) and 'reviewer-report' in third.reason and third.line == 3
@@ -421,7 +421,7 @@ def test_identifier_of_a_reference_is_not_that_of_the_paper():
     ('<set>' + jats('a <x:sup>b</x:sup> <x:math><x:mfrac><x:mn>1</x:mn><x:mn>2</x:mn></x:mfrac></x:math>') + '</set>', ['a ^b 1/2'], ''),
     ('<set>' + jats('a <x:b>b</x:b>') + '<article>', ['a b'], 'broken XML after record 1')])
 def test_prefix_that_was_never_declared_costs_nothing_but_hides_no_damage(data, rows, reason):
-    found = read_here(read_xml, data)
+    found = read_here(_read_xml, data)
     assert [entry.fields['text'] for entry in found if isinstance(entry, Row)] == rows
     assert [entry.reason.startswith(reason) for entry in found if isinstance(entry, Refused)] == [True]*bool(reason)
 

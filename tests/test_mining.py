@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt.mining import (
-    BLANK,
-    around,
-    before,
-    bend,
-    fields_of,
-    key_terms,
+    _BLANK,
+    _around,
+    _before,
+    _bend,
+    _fields_of,
+    _key_terms,
+    _other_number,
+    _spelt,
+    _stem,
+    _unlinked,
     kinds,
     language_of,
     mine,
-    other_number,
     phrasings,
     sentences,
-    spelt,
-    stem,
-    unlinked,
     whole_sentences,
 )
 from scilm_adapt.runs import rng
@@ -186,13 +186,13 @@ def test_whole_sentences_are_the_longest_beginning_that_fits(parts, words):
 def test_before_is_the_longest_run_that_leads_up_to_a_sentence(parts, at, words):
     at = min(at, len(parts))
     fitting = [n for n in range(at + 1) if len(' '.join(parts[n:at]).split()) <= words]
-    assert before(parts, at, words) == ' '.join(parts[min(fitting):at])
+    assert _before(parts, at, words) == ' '.join(parts[min(fitting):at])
 
 
 @given(PIECES.filter(bool), st.integers(0, 5), st.integers(0, 12))
 def test_around_is_a_run_that_holds_the_sentence_and_cannot_grow(parts, at, words):
     at = min(at, len(parts) - 1)
-    found, size = around(parts, at, words), lambda run: len(' '.join(run).split())
+    found, size = _around(parts, at, words), lambda run: len(' '.join(run).split())
     if not found: assert size([parts[at]]) > words; return
     spans = [(first, first + len(found)) for first in range(at + 1) if parts[first:first + len(found)] == found and first + len(found) > at]
     assert spans and size(found) <= words
@@ -201,15 +201,15 @@ def test_around_is_a_run_that_holds_the_sentence_and_cannot_grow(parts, at, word
 
 
 def test_key_terms_are_words_used_twice():
-    assert key_terms('Heat moves. Heat meets free electrons, and electrons carry heat.') == ['heat', 'electrons']
-    assert key_terms('Once only, these words stand.') == [] and key_terms('which which would would') == []
-    assert key_terms('model_1 x1 x1 ab ab 1234 1234') == []
+    assert _key_terms('Heat moves. Heat meets free electrons, and electrons carry heat.') == ['heat', 'electrons']
+    assert _key_terms('Once only, these words stand.') == [] and _key_terms('which which would would') == []
+    assert _key_terms('model_1 x1 x1 ab ab 1234 1234') == []
 
 
 def test_russian_terms_are_counted_in_all_their_forms_and_are_no_adjectives():
-    terms = key_terms('Теплота греет тело. Медь проводит теплоту, теплоты меди довольно. Тёплые тела. Тёплые дни. Однако, однако.')
-    assert {stem(term) for term in terms} == {'теплот', 'мед', 'тел'}
-    assert stem('heat') == 'heat' and stem('теплотой') == stem('теплоте') == 'теплот'
+    terms = _key_terms('Теплота греет тело. Медь проводит теплоту, теплоты меди довольно. Тёплые тела. Тёплые дни. Однако, однако.')
+    assert {_stem(term) for term in terms} == {'теплот', 'мед', 'тел'}
+    assert _stem('heat') == 'heat' and _stem('теплотой') == _stem('теплоте') == 'теплот'
 
 
 @pytest.mark.parametrize(('words', 'acronym', 'wanted'), [
@@ -218,7 +218,7 @@ def test_russian_terms_are_counted_in_all_their_forms_and_are_no_adjectives():
     ('метод опорных векторов', 'МОВ', 'метод опорных векторов'), ('we use models', 'LLM', ''), ('of moments', 'M', 'moments'),
     ('', 'AB', '')])
 def test_an_acronym_is_spelt_by_the_shortest_end_that_fits(words, acronym, wanted):
-    assert spelt(words.split(), acronym) == wanted
+    assert _spelt(words.split(), acronym) == wanted
 
 
 @pytest.mark.parametrize(('one', 'lang'), [
@@ -237,8 +237,8 @@ def test_a_paper_in_another_language_gives_no_conversation():
 
 def test_topics_become_names_in_the_language_of_the_paper():
     topics = ['cs.LG', 'stat.ML', '68T05, 62H30', 'I.2.6', 'graph theory', 'теория графов', 'x'*50]
-    assert fields_of(paper('a', 'Heat', 'Heat flows.', topics=topics)) == ['machine learning', 'graph theory']
-    assert fields_of(paper('a', 'Тепло', 'Тепло идёт.', topics=topics)) == ['машинное обучение', 'теория графов']
+    assert _fields_of(paper('a', 'Heat', 'Heat flows.', topics=topics)) == ['machine learning', 'graph theory']
+    assert _fields_of(paper('a', 'Тепло', 'Тепло идёт.', topics=topics)) == ['машинное обучение', 'теория графов']
 
 
 # --- what a conversation is -------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_every_conversation_is_whole_grounded_and_within_its_limits(kind, words)
         assert question == question.strip() and answer == answer.strip() != ''
         assert len(answer.split()) <= words and len(passage.split()) <= 2*words
         if kind != 'field': assert content(answer) <= content(everything(one))
-        assert content(passage.replace(BLANK, '')) <= content(everything(one))
+        assert content(passage.replace(_BLANK, '')) <= content(everything(one))
         if kind in SENTENCE_KINDS: assert answer[-1] in '.!?'
         assert json.loads(json.dumps(chat)) == chat
 
@@ -331,10 +331,10 @@ def test_keywords_of_the_author_are_the_terms_where_the_text_uses_them():
 def test_a_blank_hides_every_form_of_its_term():
     for one, _, chat in conversations('cloze'):
         question, term = chat['messages'][0]['content'], chat['reference']
-        assert question.count(BLANK) == 1
-        root = stem(term.lower().split()[-1])
+        assert question.count(_BLANK) == 1
+        root = _stem(term.lower().split()[-1])
         assert root[:max(4, len(root) - 2)] not in question.lower()
-        assert f"{one['title']} {one['text']} {' '.join(one['keywords'])}".lower().count(stem(term.lower())) > 1
+        assert f"{one['title']} {one['text']} {' '.join(one['keywords'])}".lower().count(_stem(term.lower())) > 1
 
 
 def test_a_statement_that_is_denied_is_not_in_the_paper_and_the_truth_is():
@@ -362,13 +362,13 @@ def test_a_statement_that_is_denied_is_not_in_the_paper_and_the_truth_is():
     ('We use ResNet-50 and Gemini 2.5 here.', ''), ('It holds with p < 0.05 at least.', ''), ('See also (2) and [14] here.', ''),
     ('It is 40 here and 40 there.', ''), ('We saw 100 birds then.', ''), ('Whether it is better we ask.', '')])
 def test_a_sentence_is_bent_in_one_place_or_not_at_all(part, wanted):
-    assert bend(part, 0.1 if '3,5' in part else 0.9) == wanted
+    assert _bend(part, 0.1 if '3,5' in part else 0.9) == wanted
 
 
 @given(st.one_of(st.integers(2, 10**6).map(str), st.floats(1.1, 999).map(lambda x: f'{x:.1f}'),
                  st.floats(1.1, 99).map(lambda x: f'{x:.2f}'.replace('.', ','))), st.floats(0, 1, exclude_max=True))
 def test_another_number_has_the_same_form(number, chance):
-    other = other_number(number, chance)
+    other = _other_number(number, chance)
     assert re.sub(r'\d+', '0', other) == re.sub(r'\d+', '0', number)
     assert [len(part) for part in re.split('[.,]', other)][1:] == [len(part) for part in re.split('[.,]', number)][1:]
 
@@ -428,7 +428,7 @@ def test_a_summary_that_is_about_something_else_is_not_taken():
     ('However, heat flows.', 'Heat flows.'), ('Однако тепло идёт.', 'Тепло идёт.'), ('Still waters.', 'Still waters.'),
     ('Таким образом, медь тепла.', 'Медь тепла.'), ('Heat flows.', 'Heat flows.')])
 def test_a_sentence_that_stands_alone_has_no_link_to_the_one_before(part, wanted):
-    assert unlinked(part) == wanted
+    assert _unlinked(part) == wanted
 
 
 PLAIN = 'Heat flows through copper in our bodies. Bodies of copper are warm in June. '

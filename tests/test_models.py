@@ -19,12 +19,12 @@ from scilm_adapt.divergence import head_of
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import (
     LanguageModel,
+    _free_memory,
     adopt_chat,
     best_device,
     build,
     check_memory,
     families,
-    free_memory,
     hidden_states,
     load,
     logits_of,
@@ -38,7 +38,7 @@ from scilm_adapt.models import (
     weights_hash,
 )
 from scilm_adapt.teacher import LiveTeacher
-from scilm_adapt.tokens import encode_document, end_of_turn, laid_out, pack, pad
+from scilm_adapt.tokens import _laid_out, encode_document, end_of_turn, pack, pad
 from scilm_adapt.training import target_states
 
 torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def test_windows_of_a_long_document_and_its_neighbours_stay_apart(lms):
     "Also where documents are cut to fill the rows, and where the tokens come from disk."
     lm = lms['llama']
     documents = [encode_document(lm.tokenizer, text) for text in (*TEXTS, ' '.join(TEXTS))]
-    packed = pack(laid_out(documents), length=24, share=0.95)
+    packed = pack(_laid_out(documents), length=24, share=0.95)
     assert len(packed.lengths) > len(documents) and (np.diff(packed.rows) > 1).any()
     batch = packed.batch(range(len(packed)))
     with torch.no_grad():
@@ -397,8 +397,8 @@ def test_memory_that_the_system_lends_to_files_counts_as_free():
     "Most of an old machine's memory holds copies of files, which it gives back at once."
     for _ in range(5):  # other programs take and give meanwhile
         available = int(re.search(r'MemAvailable:\s+(\d+) kB', Path('/proc/meminfo').read_text())[1])*1024
-        if abs(free_memory(torch.device('cpu')) - available) < 2**28: return
-    raise AssertionError(f"{free_memory(torch.device('cpu')):,} against {available:,}")
+        if abs(_free_memory(torch.device('cpu')) - available) < 2**28: return
+    raise AssertionError(f"{_free_memory(torch.device('cpu')):,} against {available:,}")
 
 
 def test_precision_is_what_the_device_multiplies():

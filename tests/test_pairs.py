@@ -19,26 +19,26 @@ from world import exact, reader
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, families, tiny
 from scilm_adapt.pairs import (
+    _VIEWS,
+    _WINDOW,
     POOLINGS,
-    VIEWS,
-    WINDOW,
-    Cached,
     Pairs,
     Together,
-    alike,
-    borders,
-    check_pairs,
-    circles,
+    _alike,
+    _borders,
+    _Cached,
+    _check_pairs,
+    _circles,
+    _neighbours,
+    _pool,
+    _vectors_of,
+    _view_ids,
     embed,
     info_nce,
-    neighbours,
     pair_batch,
     pair_loss,
     pair_maker,
-    pool,
     retrieval,
-    vectors_of,
-    view_ids,
     views,
 )
 from scilm_adapt.papers import document
@@ -130,7 +130,7 @@ def test_pooling_is_its_definition_and_ignores_what_is_not_marked(name):
     assert torch.autograd.gradcheck(lambda states: POOLINGS[name](states, masks), hidden.requires_grad_())
 
 
-def test_pool_is_the_mean(): assert POOLINGS['mean'] is pool
+def test_pool_is_the_mean(): assert POOLINGS['mean'] is _pool
 
 
 def test_retrieval_counts_ties_against_the_model():
@@ -173,32 +173,32 @@ def test_a_text_has_one_vector_alone_and_in_a_batch(family):
 
 def test_a_view_is_cut_to_its_beginning(student):
     long = ' '.join(paper['text'] for paper in PAPERS)*50
-    assert view_ids(student.tokenizer, long, 8) == encode_document(student.tokenizer, long)[:8]
+    assert _view_ids(student.tokenizer, long, 8) == encode_document(student.tokenizer, long)[:8]
 
 
 # --- views
 
 def test_a_view_is_two_texts_or_none():
     paper = PAPERS[2]
-    assert VIEWS['title'](paper) == views(paper) and VIEWS['tldr'](paper) == ('sound!', paper['text'])
-    assert VIEWS['halves'](paper) == VIEWS['first'](paper) == ('We study sound in 2 experiments. ', 'The sound was measured.')
+    assert _VIEWS['title'](paper) == views(paper) and _VIEWS['tldr'](paper) == ('sound!', paper['text'])
+    assert _VIEWS['halves'](paper) == _VIEWS['first'](paper) == ('We study sound in 2 experiments. ', 'The sound was measured.')
     bare = dict(title=' ', text='one sentence, which is never parted')
-    assert not any(take(bare) for take in VIEWS.values())
+    assert not any(take(bare) for take in _VIEWS.values())
 
 
 @pytest.mark.parametrize('text, expected', [
     ('A b. C d! E f? g h. 3 i.', ['C d! ', 'E f? g h. ', '3 i.']), ('It is, e.g. here. "So." We go.', ['"So." ', 'We go.']),
     ('Первое. Второе. третье', ['Второе. третье']), ('一。二。三', ['二。', '三']), ('No end', []), ('One. ', [])])
 def test_sentences_begin_where_they_do(text, expected):
-    places = borders(text)
+    places = _borders(text)
     assert [text[one:other] for one, other in zip(places, [*places[1:], None])] == expected
 
 
 def test_halves_meet_near_the_middle_or_not_at_all():
     text = 'A. ' + 'B '*20 + 'c. ' + 'D '*15 + 'e.'
-    a, b = VIEWS['halves'](dict(title='', text=text))
+    a, b = _VIEWS['halves'](dict(title='', text=text))
     assert a + b == text and b.startswith('D ')
-    assert VIEWS['halves'](dict(title='', text='A. ' + 'B '*20)) is None
+    assert _VIEWS['halves'](dict(title='', text='A. ' + 'B '*20)) is None
 
 
 # --- which pairs are wrong answers
@@ -218,13 +218,13 @@ def long_paper(number: int, changed: int = 0) -> dict:
 
 def test_near_copies_are_no_negatives_and_others_are(student):
     papers = [long_paper(0), long_paper(1), long_paper(0, 1), long_paper(2)]
-    assert alike(papers, papers).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    assert _alike(papers, papers).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
     pairs = pair_batch(student.tokenizer, papers, 32, hard=[long_paper(1, 1), long_paper(3)])['pairs']
-    assert torch.equal(pairs.whole['same'], alike(papers, papers))
+    assert torch.equal(pairs.whole['same'], _alike(papers, papers))
     assert pairs.whole['excluded'].int().tolist() == [[0, 0], [1, 0], [0, 0], [0, 0]]
     lm = exact(reader(papers))
     batch = pair_batch(lm.tokenizer, papers, 32, hard=[long_paper(1, 1), long_paper(3)])
-    a, b, hard = (vectors_of(lm.model, batch['pairs'], side, 'mean', None) for side in ('a', 'b', 'hard'))
+    a, b, hard = (_vectors_of(lm.model, batch['pairs'], side, 'mean', None) for side in ('a', 'b', 'hard'))
     expected = naive(a, b, 0.05, pairs.whole['same'], hard, pairs.whole['excluded'])
     assert torch.isclose(pair_loss(lm.model, batch), expected, rtol=1e-10)
 
@@ -237,7 +237,8 @@ def test_with_partners_the_papers_of_both_sides_are_compared(student):
 
 def test_of_one_topic_no_paper_is_a_wrong_answer_for_another(student):
     pairs = pair_maker(student.tokenizer, PAPERS, Pairs(views=('topic',), batch=12), 0)(0)['pairs']
-    chosen = [next(paper for paper in PAPERS if torch.equal(row[mask.bool()], torch.tensor(view_ids(student.tokenizer, paper['text'], 64))))
+    chosen = [next(paper for paper in PAPERS
+                   if torch.equal(row[mask.bool()], torch.tensor(_view_ids(student.tokenizer, paper['text'], 64))))
               for row, mask in zip(pairs.rows['a_input_ids'], pairs.rows['a_attention_mask'])]
     assert pairs.whole['same'].tolist() == [[one['topics'] == other['topics'] for one in chosen] for other in chosen]
 
@@ -267,7 +268,7 @@ def test_shuffled_pairs_have_one_wrong_partner_each(student):
 
 @given(st.lists(st.sampled_from('abc'), max_size=12), st.integers(0, 9))
 def test_circles_lead_through_all_of_a_label_and_back(labels, seed):
-    following = circles(labels, seed)
+    following = _circles(labels, seed)
     assert sorted(following) == sorted(following.values()) == list(range(len(labels)))
     for start in following:
         place, seen = following[start], {start}
@@ -277,12 +278,12 @@ def test_circles_lead_through_all_of_a_label_and_back(labels, seed):
 
 def test_hard_negatives_are_of_the_field_and_similar_but_not_the_nearest():
     papers = [dict(title='', text=f'{"salt "*(40 - k)} {"iron "*(k + 1)} n{k}', topics=['a' if k < 30 else 'b']) for k in range(40)]
-    window = neighbours(papers)(0)
-    assert len(window) == WINDOW[1] - WINDOW[0] + 1 and 0 not in window and max(window) < 30
+    window = _neighbours(papers)(0)
+    assert len(window) == _WINDOW[1] - _WINDOW[0] + 1 and 0 not in window and max(window) < 30
     few = [paper | dict(topics=['a' if k < 5 else 'b']) for k, paper in enumerate(papers)]
-    assert set(neighbours(few)(0)[:3]) < {1, 2, 3, 4} and len(neighbours(few)(0)) == 19
+    assert set(_neighbours(few)(0)[:3]) < {1, 2, 3, 4} and len(_neighbours(few)(0)) == 19
     words = [dict(title='', text=f'common{k} {" ".join(f"word{j}" for j in range(k, k + 8))}', topics=[]) for k in range(60)]
-    assert {29, 31} & set(neighbours(words)(30)[:3]) and len({29, 31} & set(neighbours(words)(30))) == 1  # the very nearest is left out
+    assert {29, 31} & set(_neighbours(words)(30)[:3]) and len({29, 31} & set(_neighbours(words)(30))) == 1  # the very nearest is left out
 
 
 def test_hard_negatives_are_drawn_for_each_pair(student):
@@ -317,13 +318,13 @@ def test_views_take_turns_and_a_batch_is_a_function_of_seed_and_step(student):
 def test_pairs_that_cannot_be_made_are_named_at_once(student, change, named):
     settings = dict(change)
     papers = [dict(title='', text=paper['title'], topics=[paper['id']]) for paper in PAPERS] if settings.pop('untitled', False) else PAPERS
-    with pytest.raises(InputError, match=named): check_pairs(Pairs(**settings), papers)
+    with pytest.raises(InputError, match=named): _check_pairs(Pairs(**settings), papers)
     with pytest.raises(InputError, match=named): pair_maker(student.tokenizer, papers, Pairs(**settings), 0)
 
 
 def test_every_process_needs_a_pair(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '8')
-    with pytest.raises(InputError, match='batch=4.*at least 8'): check_pairs(Pairs(batch=4), PAPERS)
+    with pytest.raises(InputError, match='batch=4.*at least 8'): _check_pairs(Pairs(batch=4), PAPERS)
 
 
 # --- the gradient, cached or not, cut or not
@@ -351,7 +352,7 @@ def test_a_cached_gradient_is_the_gradient_with_dropout_replayed(family, pooling
     batch, model = pair_batch(lm.tokenizer, PAPERS[:7], 32, hard=PAPERS[7:10]), lm.model
     def keeping_everything():
         pairs = batch['pairs']
-        def vectors(side): return torch.cat([vectors_of(model, pairs[at:at + 3], side, pooling, None)
+        def vectors(side): return torch.cat([_vectors_of(model, pairs[at:at + 3], side, pooling, None)
                                              for at in range(0, len(pairs.rows[f'{side}_input_ids']), 3)])
         a, b, hard = map(vectors, ('a', 'b', 'hard'))
         return info_nce(a, b, 0.05, pairs.whole['same'], hard, pairs.whole['excluded'])
@@ -373,7 +374,7 @@ def test_cached_has_the_right_gradient_and_leaves_the_random_numbers_alone():
     def run(*weights):
         torch.manual_seed(0)
         embed = lambda part: torch.nn.functional.dropout(part @ weights[0], 0.5).tanh() + weights[1]
-        return Cached.apply(embed, [(x[:2],), (x[2:4],), (x[4:],)], x.device, *weights, unused)
+        return _Cached.apply(embed, [(x[:2],), (x[2:4],), (x[4:],)], x.device, *weights, unused)
     assert torch.autograd.gradcheck(run, weights)
     torch.manual_seed(0)
     whole = run(*weights)
@@ -407,7 +408,7 @@ def test_texts_are_embedded_again_in_the_precision_of_the_first_time():
     def embed(part):
         seen.append((out := part @ weight).dtype)
         return out.float()
-    with torch.autocast('cpu', torch.bfloat16): found = Cached.apply(embed, [(torch.ones(2, 3),)]*2, weight.device, weight)
+    with torch.autocast('cpu', torch.bfloat16): found = _Cached.apply(embed, [(torch.ones(2, 3),)]*2, weight.device, weight)
     found.sum().backward()  # outside, as Accelerate does it
     assert seen == [torch.bfloat16]*4
 

@@ -21,18 +21,18 @@ from scilm_adapt.papers import (
     OUTCOMES,
     SPLITS,
     Corpus,
+    _find_fields,
+    _sections_of,
+    _split_of,
+    _to_record,
+    _words_of,
     build,
     count_table,
     document,
-    find_fields,
     open_papers,
     prepare,
     read,
-    sections_of,
     split,
-    split_of,
-    to_record,
-    words_of,
 )
 from scilm_adapt.runs import Run
 
@@ -85,7 +85,7 @@ def total(report) -> dict:
     (dict(text='S'), {}, ('', 'S')), (dict(title=None, text='S'), {}, ('', 'S')), (dict(title=' a ', text=' c '), {}, ('a', 'c')),
 ], ids=str)
 def test_fields_are_found_or_named(row, given, wanted):
-    record = to_record(row, find_fields(row, given))
+    record = _to_record(row, _find_fields(row, given))
     assert (record['title'], record['text']) == wanted and record['id']
 
 
@@ -99,18 +99,18 @@ def test_fields_are_found_or_named(row, given, wanted):
     (dict(abstract='half \ud835'), 'half of a character'),
 ], ids=str)
 def test_text_that_is_no_text_is_refused_by_name(row, reason):
-    with pytest.raises(ValueError, match=reason): to_record(row, find_fields(row, {}))
+    with pytest.raises(ValueError, match=reason): _to_record(row, _find_fields(row, {}))
 
 
 def test_every_record_has_every_field():
     row = dict(arxiv_id=1234, title='T', abstract='A', categories='cs.LG stat.ML', keywords='heat; cold', tldr='t', language='ru', year=1)
-    assert to_record(row, find_fields(row, {})) == dict(id='1234', title='T', text='A', lang='ru', topics=['cs.LG', 'stat.ML'],
+    assert _to_record(row, _find_fields(row, {})) == dict(id='1234', title='T', text='A', lang='ru', topics=['cs.LG', 'stat.ML'],
                                                         keywords=['heat', 'cold'], tldr='t', sections=[])
 
 
 def test_a_record_without_id_gets_one_from_its_content():
     rows = [dict(title=title, text=text, year=year) for title, text, year in (('T', 'S', 1), ('T', 'S', 2), ('T', 'R', 1), ('', 'TS', 1))]
-    ids = [to_record(row, find_fields(row, {}))['id'] for row in rows]
+    ids = [_to_record(row, _find_fields(row, {}))['id'] for row in rows]
     assert ids[0] == ids[1] and len(set(ids)) == 3
 
 
@@ -119,15 +119,15 @@ def test_a_record_without_id_gets_one_from_its_content():
     ('a, b; c', ['a, b', 'c']), (['a', 3, ' b ', ''], ['a', 'b']), (None, []), (3, []), ({}, []), ('', []),
 ], ids=str)
 def test_topics_and_keywords_are_lists_of_short_texts(value, wanted):
-    assert words_of(value) == wanted
+    assert _words_of(value) == wanted
 
 
 def test_sections_are_read_in_their_usual_forms_and_belong_to_the_document():
     value = [dict(heading='Method', text='We heat.'), 'We cool.', dict(title='Empty', text=' '), 3, dict(section='End', content='Done.')]
-    sections = sections_of(value)
+    sections = _sections_of(value)
     assert sections == [dict(title='Method', text='We heat.'), dict(title='', text='We cool.'), dict(title='End', text='Done.')]
     row = dict(title='T', abstract='A', sections=value)
-    assert document(to_record(row, find_fields(row, {}))) == 'T\n\nA\n\nMethod\n\nWe heat.\n\nWe cool.\n\nEnd\n\nDone.'
+    assert document(_to_record(row, _find_fields(row, {}))) == 'T\n\nA\n\nMethod\n\nWe heat.\n\nWe cool.\n\nEnd\n\nDone.'
 
 
 # --- reading small things ---------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_a_splits_folder_looks_like_a_list(tmp_path):
 def test_the_split_of_a_record_does_not_depend_on_the_others(ids, others):
     def sides(names): return {r['id']: name for name, part in split([dict(id=i) for i in names]).items() for r in part}
     alone, together = sides(ids), sides([*others, *(i for i in ids if i not in others)])
-    assert set(alone) == set(ids) and all(together[i] == alone[i] == split_of(i) for i in ids)
+    assert set(alone) == set(ids) and all(together[i] == alone[i] == _split_of(i) for i in ids)
 
 
 @settings(max_examples=30)
@@ -273,8 +273,8 @@ KNOWN = {'heat-1': 'train', 'paper-26': 'valid', 'paper-32': 'test', 'стать
 
 def test_known_ids_stay_where_they_are():
     "Written down once: if this changes, tomorrow's training reads what was tested today."
-    assert {i: split_of(i) for i in KNOWN} == KNOWN
-    shares = [split_of(f'paper-{n}') for n in range(20_000)]
+    assert {i: _split_of(i) for i in KNOWN} == KNOWN
+    shares = [_split_of(f'paper-{n}') for n in range(20_000)]
     assert abs(shares.count('test')/20_000 - 0.05) < 0.005 and abs(shares.count('valid')/20_000 - 0.05) < 0.005
 
 

@@ -72,7 +72,7 @@ def test_every_family_goes_all_the_way(family, texts, tmp_path):
         assert AutoTokenizer.from_pretrained(run.folder/'models'/name).chat_template
     for path in run.folder.rglob('*'):  # a run says beforehand what it writes, so that it can refuse what is in the way
         name = path.relative_to(run.folder).as_posix()
-        known = name.startswith(('.scilm.', *(f'{stage}/' for stage in runs.STAGES))) or name in (*runs.FILES, *runs.STAGES, 'models')
+        known = name.startswith(('.scilm.', *(f'{stage}/' for stage in runs._STAGES))) or name in (*runs._FILES, *runs._STAGES, 'models')
         assert known, name
     assert Run(run.folder).folder == run.folder  # and nothing of it is in its own way
     trained = metrics['models']['contrast']['science_bpb']['value'], metrics['models']['base']['science_bpb']['value']

@@ -13,28 +13,28 @@ from scilm_adapt import preference as module
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, logits_of, tiny
 from scilm_adapt.preference import (
+    _DEFAULTS,
+    _NUMBER,
+    _OWN,
+    _SHORTEST,
+    _TERM,
     CORRUPTIONS,
-    DEFAULTS,
-    NUMBER,
-    OWN,
     PREFERENCES,
-    SHORTEST,
-    TERM,
     Preference,
-    log_likelihoods,
-    make_pairs,
-    margins,
-    pair_nats,
-    passage_of,
-    passages,
+    _log_likelihoods,
+    _make_pairs,
+    _margins,
+    _pair_nats,
+    _passage_of,
+    _passages,
+    _sentence_parts,
+    _shape,
+    _token_nats,
     preference_accuracy,
     preference_batch,
     preference_loss,
     preference_part,
     prepare,
-    sentence_parts,
-    shape,
-    token_nats,
 )
 from scilm_adapt.runs import Run, rng
 from scilm_adapt.tokens import encode_document
@@ -44,7 +44,7 @@ SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt',
 PAPERS = [dict(id=name, title=f'On {name}', text=f'{name.capitalize()} is seen in many experiments. We measured the {name}ation of '
                f'{n + 10} samples for {n}.5 hours. The results show less {name} with every collection. Nothing was said of this before, '
                'e.g. by us.') for n, name in enumerate(SUBJECTS)]
-TEXTS = [' '.join(sentence_parts(paper['text'])[2::2]) for paper in PAPERS]
+TEXTS = [' '.join(_sentence_parts(paper['text'])[2::2]) for paper in PAPERS]
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +54,7 @@ def student():
 
 @pytest.fixture(scope='module')
 def pairs(student):
-    return make_pairs(student, PAPERS, Preference(length=120))
+    return _make_pairs(student, PAPERS, Preference(length=120))
 
 
 # --- passages
@@ -63,18 +63,18 @@ def pairs(student):
     ('One is here. Two is there.', 2), ('See e.g. The S. Smith rule. Then stop! Why? Because.', 4), ('Это первое. Это второе.', 2),
     ('Value of 3.5 and 4. 7 more', 1), ('Line one.\n\nLine two (as said). Line three.', 3), ('', 1)])
 def test_a_text_is_the_join_of_its_sentences(text, sentences):
-    assert ''.join(sentence_parts(text)) == text and len(sentence_parts(text)[::2]) == sentences
+    assert ''.join(_sentence_parts(text)) == text and len(_sentence_parts(text)[::2]) == sentences
 
 
 @given(st.text(alphabet='aB. \n1)', max_size=80))
 def test_sentences_lose_nothing(text):
-    assert ''.join(sentence_parts(text)) == text.strip()
+    assert ''.join(_sentence_parts(text)) == text.strip()
 
 
 @pytest.mark.parametrize('length', [60, 90, 160])
 def test_a_passage_is_a_piece_of_the_paper_cut_between_sentences(student, length):
     for paper in PAPERS:
-        passage = passage_of(student.tokenizer, paper, length)
+        passage = _passage_of(student.tokenizer, paper, length)
         whole = f"{paper['title']}\n\n{paper['text']}"
         assert whole.startswith(passage.prompt + passage.gap + passage.continuation) and passage.gap.isspace()
         assert passage.prompt.startswith(paper['title']) and passage.continuation.endswith('.')
@@ -84,22 +84,22 @@ def test_a_passage_is_a_piece_of_the_paper_cut_between_sentences(student, length
 @pytest.mark.parametrize('change', [dict(text=''), dict(text='A word.'), dict(title='', text=PAPERS[0]['text'].split('. ')[0] + '.'),
                                     dict(title='On heat and light '*20)])
 def test_a_paper_without_a_continuation_gives_no_passage(student, change):
-    assert passage_of(student.tokenizer, PAPERS[0] | change, 100) is None
+    assert _passage_of(student.tokenizer, PAPERS[0] | change, 100) is None
 
 
 def test_a_title_that_the_text_repeats_is_read_once(student):
     paper = PAPERS[2]
-    assert passage_of(student.tokenizer, paper | dict(text=f"{paper['title']}\n{paper['text']}"), 100) == \
-        passage_of(student.tokenizer, paper, 100)
-    untitled = passage_of(student.tokenizer, paper | dict(title=''), 100)
-    assert untitled.prompt == sentence_parts(paper['text'])[0] and untitled.gap == ' '
+    assert _passage_of(student.tokenizer, paper | dict(text=f"{paper['title']}\n{paper['text']}"), 100) == \
+        _passage_of(student.tokenizer, paper, 100)
+    untitled = _passage_of(student.tokenizer, paper | dict(title=''), 100)
+    assert untitled.prompt == _sentence_parts(paper['text'])[0] and untitled.gap == ' '
 
 
 def test_of_a_very_long_paper_only_the_beginning_is_tokenised(student, monkeypatch):
     seen, encode_many = [], module.encode_many
     monkeypatch.setattr(module, 'encode_many', lambda tokenizer, texts: seen.extend(texts) or encode_many(tokenizer, texts))
     long = PAPERS[0] | dict(text=' '.join(TEXTS*50))
-    assert passage_of(student.tokenizer, long, 60) and sum(map(len, seen)) <= 16*60 + 20
+    assert _passage_of(student.tokenizer, long, 60) and sum(map(len, seen)) <= 16*60 + 20
     assert all(text.endswith(('.', 'heat')) for text in seen)  # nor is a sentence cut by that
 
 
@@ -122,12 +122,12 @@ def test_what_cannot_be_spoilt_is_left_alone(name):
 def test_each_corruption_changes_what_it_names_and_nothing_else(seed):
     text, others = TEXTS[3], TEXTS[:3] + TEXTS[4:]
     spoilt = {name: corrupt(text, others, rng(seed)) for name, corrupt in CORRUPTIONS.items()}
-    assert sorted(sentence_parts(spoilt['sentences'])) == sorted(sentence_parts(text))
-    assert NUMBER.sub('#', spoilt['numbers']) == NUMBER.sub('#', text)
-    assert all(a != b and shape(a) == shape(b) for a, b in zip(NUMBER.findall(spoilt['numbers']), NUMBER.findall(text)))
-    assert TERM.sub('#', spoilt['terms']) == TERM.sub('#', text)
-    exchanged = [(a, b) for a, b in zip(TERM.findall(text), TERM.findall(spoilt['terms'])) if a != b]
-    assert exchanged and all(shape(a) == shape(b) and b not in text and any(b in other for other in others) for a, b in exchanged)
+    assert sorted(_sentence_parts(spoilt['sentences'])) == sorted(_sentence_parts(text))
+    assert _NUMBER.sub('#', spoilt['numbers']) == _NUMBER.sub('#', text)
+    assert all(a != b and _shape(a) == _shape(b) for a, b in zip(_NUMBER.findall(spoilt['numbers']), _NUMBER.findall(text)))
+    assert _TERM.sub('#', spoilt['terms']) == _TERM.sub('#', text)
+    exchanged = [(a, b) for a, b in zip(_TERM.findall(text), _TERM.findall(spoilt['terms'])) if a != b]
+    assert exchanged and all(_shape(a) == _shape(b) and b not in text and any(b in other for other in others) for a, b in exchanged)
     assert spoilt['paper'] in others
 
 
@@ -138,11 +138,11 @@ def test_a_number_without_one_of_its_form_becomes_any_other():
 # --- pairs
 
 def test_pairs_have_one_prompt_and_equal_lengths(student, pairs):
-    found = {passage.paper: passage for passage in passages(student.tokenizer, PAPERS, 120, 99)}
-    assert {pair.corruption for pair in pairs} == {*CORRUPTIONS, OWN} and len(pairs) == len(PAPERS)
+    found = {passage.paper: passage for passage in _passages(student.tokenizer, PAPERS, 120, 99)}
+    assert {pair.corruption for pair in pairs} == {*CORRUPTIONS, _OWN} and len(pairs) == len(PAPERS)
     for pair in pairs:
         passage = found[pair.paper]
-        assert len(pair.chosen) == len(pair.rejected) >= SHORTEST and len(pair.prompt + pair.chosen) <= 120
+        assert len(pair.chosen) == len(pair.rejected) >= _SHORTEST and len(pair.prompt + pair.chosen) <= 120
         assert pair.chosen != pair.rejected and pair.reference is None
         assert pair.prompt == encode_document(student.tokenizer, passage.prompt)[:-1]
         real = encode_document(student.tokenizer, passage.prompt + passage.gap + passage.continuation)
@@ -150,28 +150,28 @@ def test_pairs_have_one_prompt_and_equal_lengths(student, pairs):
 
 
 def test_pairs_are_a_function_of_papers_settings_and_seed(student, pairs):
-    again = make_pairs(student, PAPERS, Preference(length=120, batch=3, beta=0.5))
-    assert again == pairs != make_pairs(student, PAPERS, Preference(length=120), seed=1)
-    assert len(make_pairs(student, PAPERS, Preference(length=120, pairs=5))) == 5
+    again = _make_pairs(student, PAPERS, Preference(length=120, batch=3, beta=0.5))
+    assert again == pairs != _make_pairs(student, PAPERS, Preference(length=120), seed=1)
+    assert len(_make_pairs(student, PAPERS, Preference(length=120, pairs=5))) == 5
 
 
 def test_own_continuations_are_what_the_student_writes_greedily(student):
-    for pair in make_pairs(student, PAPERS, Preference(length=120, corruptions=(OWN,))):
+    for pair in _make_pairs(student, PAPERS, Preference(length=120, corruptions=(_OWN,))):
         ids = list(pair.prompt)
         for _ in pair.rejected:
             with torch.no_grad(): ids.append(int(student.model(torch.tensor([ids])).logits[0, -1].argmax()))
-        assert pair.corruption == OWN and ids[len(pair.prompt):] == pair.rejected
+        assert pair.corruption == _OWN and ids[len(pair.prompt):] == pair.rejected
 
 
 def test_a_student_that_writes_nothing_gets_other_corruptions(student, monkeypatch):
     monkeypatch.setattr(module, 'continued', lambda lm, prompts, halts, *a, **k: iter([{n: halts[:1] for n in range(len(prompts))}]))
-    assert {pair.corruption for pair in make_pairs(student, PAPERS, Preference(length=120, corruptions=(OWN, 'paper')))} == {'paper'}
+    assert {pair.corruption for pair in _make_pairs(student, PAPERS, Preference(length=120, corruptions=(_OWN, 'paper')))} == {'paper'}
     with pytest.raises(InputError, match="corruptions = 'own'.*sentences"):
-        make_pairs(student, PAPERS, Preference(length=120, corruptions=(OWN,)))
+        _make_pairs(student, PAPERS, Preference(length=120, corruptions=(_OWN,)))
 
 
 def test_the_negative_control_changes_some_pairs_over_and_nothing_else(student, pairs):
-    control = make_pairs(student, PAPERS, Preference(length=120, shuffled=True))
+    control = _make_pairs(student, PAPERS, Preference(length=120, shuffled=True))
     turned = [(a.chosen, a.rejected) == (b.rejected, b.chosen) for a, b in zip(pairs, control)]
     same = [a == b for a, b in zip(pairs, control)]
     assert all(np.logical_xor(turned, same)) and 0 < sum(turned) < len(turned)
@@ -191,8 +191,8 @@ def test_what_cannot_work_is_named_before_anything_is_written(tmp_path, student,
 
 
 def test_pairs_are_kept_and_made_anew_when_their_makings_change(tmp_path, student, monkeypatch):
-    run, calls, make = Run(tmp_path), [], module.make_pairs
-    monkeypatch.setattr(module, 'make_pairs', lambda *a: calls.append(a) or make(*a))
+    run, calls, make = Run(tmp_path), [], module._make_pairs
+    monkeypatch.setattr(module, '_make_pairs', lambda *a: calls.append(a) or make(*a))
     settings = dict(length=120, corruptions=('paper', 'terms'))
     first = prepare(run, student, PAPERS, Preference(**settings))
     other = build(student.tokenizer, hidden=32, context=160, seed=1)
@@ -224,7 +224,7 @@ def naive(chosen, rejected, tokens, others, start, other_start, kind, beta, gamm
 def test_a_loss_is_its_formula(seed, kind, settings):
     given = numbers(seed)
     found = preference_loss(*given, kind, *(settings or (None, None, None)))
-    wanted = [naive(*row, kind, *(settings or DEFAULTS[kind].values())) for row in zip(*(value.tolist() for value in given))]
+    wanted = [naive(*row, kind, *(settings or _DEFAULTS[kind].values())) for row in zip(*(value.tolist() for value in given))]
     assert np.allclose(found, wanted, rtol=1e-12)
 
 
@@ -267,20 +267,20 @@ def test_a_loss_names_what_it_lacks():
 def test_log_likelihoods_are_those_of_each_continuation_alone(student, pairs):
     student = exact(student)
     with torch.no_grad():
-        values, tokens = log_likelihoods(student.model, preference_batch(pairs))
+        values, tokens = _log_likelihoods(student.model, preference_batch(pairs))
         for pair, likely, size in zip(pairs, values.tolist(), tokens.tolist()):
             for ids, found, number in zip((pair.chosen, pair.rejected), likely, size):
                 logits = student.model(torch.tensor([pair.prompt + ids])).logits[0].log_softmax(-1)
                 wanted = sum(logits[len(pair.prompt) + at - 1, i].item() for at, i in enumerate(ids))
                 assert found == pytest.approx(wanted, rel=1e-10) and number == len(ids)
-    assert np.allclose(-pair_nats(student, pairs), values, rtol=1e-10)
+    assert np.allclose(-_pair_nats(student, pairs), values, rtol=1e-10)
 
 
 @pytest.mark.parametrize('kind', PREFERENCES)
 @pytest.mark.parametrize('rows', [1, 4])
 def test_parts_of_a_batch_add_up_in_loss_and_gradient(student, kind, rows):
     student = exact(student)
-    chosen = make_pairs(student, PAPERS, Preference(kind=kind, length=80, corruptions=('paper', 'terms')))[:8]
+    chosen = _make_pairs(student, PAPERS, Preference(kind=kind, length=80, corruptions=('paper', 'terms')))[:8]
     batch = preference_batch(chosen) | dict(input_ids=torch.zeros(16, 1))  # more rows of text than pairs: some parts have none
     def gradient(parts):
         student.model.zero_grad()
@@ -301,7 +301,7 @@ def test_portions_of_logits_change_neither_loss_nor_gradient(student):
     found = []
     for most in (2**25, 3*size, 1):
         leaf = states.clone().requires_grad_()
-        nats = token_nats(student.model, leaf, targets, most)
+        nats = _token_nats(student.model, leaf, targets, most)
         found.append((nats, *torch.autograd.grad((nats*torch.arange(11)).sum(), (leaf, head))))
     wanted = -logits_of(student.model, states).log_softmax(-1)[torch.arange(11), targets]
     assert torch.allclose(found[0][0], wanted, atol=1e-12)
@@ -310,7 +310,7 @@ def test_portions_of_logits_change_neither_loss_nor_gradient(student):
 
 def test_dpo_starts_even_and_carries_no_second_model(student):
     student = exact(student)
-    batch = preference_batch(make_pairs(student, PAPERS, Preference(kind='dpo', length=120)))
+    batch = preference_batch(_make_pairs(student, PAPERS, Preference(kind='dpo', length=120)))
     with torch.no_grad():
         assert preference_part(student.model, batch, 'dpo').item() == pytest.approx(math.log(2), abs=1e-6)
         other = build(student.tokenizer, hidden=32, context=160, seed=1)
@@ -320,11 +320,11 @@ def test_dpo_starts_even_and_carries_no_second_model(student):
 # --- what it teaches
 
 def test_accuracy_is_the_share_of_positive_margins_and_a_tie_counts_against(student, pairs, monkeypatch):
-    found = margins(student, pairs)
-    likely = -pair_nats(student, pairs)
+    found = _margins(student, pairs)
+    likely = -_pair_nats(student, pairs)
     assert np.allclose(found, [(a - b)/len(pair.chosen) for (a, b), pair in zip(likely, pairs)])
     assert preference_accuracy(student, pairs) == np.mean(found > 0)
-    monkeypatch.setattr(module, 'margins', lambda *a: np.array([0.0, 0.1, -0.1, 1.0]))
+    monkeypatch.setattr(module, '_margins', lambda *a: np.array([0.0, 0.1, -0.1, 1.0]))
     assert preference_accuracy(student, pairs) == 0.5
 
 
@@ -334,10 +334,10 @@ def test_training_widens_the_margin_and_the_control_does_not(kind):
     for shuffled in (False, True):
         lm = tiny([paper['text'] for paper in PAPERS], hidden=32, context=160)
         settings = Preference(kind=kind, length=100, corruptions=('sentences', 'paper'))
-        real = make_pairs(lm, PAPERS, settings)
-        taught = make_pairs(lm, PAPERS, Preference(kind=kind, length=100, corruptions=('sentences', 'paper'), shuffled=shuffled))
+        real = _make_pairs(lm, PAPERS, settings)
+        taught = _make_pairs(lm, PAPERS, Preference(kind=kind, length=100, corruptions=('sentences', 'paper'), shuffled=shuffled))
         batch = preference_batch(taught) | dict(input_ids=torch.zeros(len(taught), 1), count=torch.tensor(1.0))
-        before, loss = margins(lm, real).mean(), lambda model, part: dict(loss=preference_part(model, part, kind))
+        before, loss = _margins(lm, real).mean(), lambda model, part: dict(loss=preference_part(model, part, kind))
         fit(lm.model, lambda step, batch=batch: batch, loss, 12, learning_rate=3e-3, precision='no')
-        found[shuffled] = margins(lm, real).mean() - before
+        found[shuffled] = _margins(lm, real).mean() - before
     assert found[False] > 0.1 and found[True] < 0.5*found[False]

@@ -18,11 +18,11 @@ from scilm_adapt.models import LanguageModel, build, tiny
 from scilm_adapt.preflight import (
     EXAMPLE,
     WARM_UP,
-    complaint,
+    _complaint,
+    _preflight_lines,
+    _rendered,
     ends_turns,
     preflight,
-    preflight_lines,
-    rendered,
     teacher_advantage,
 )
 from scilm_adapt.tokens import encode_chat, train_tokenizer
@@ -88,7 +88,7 @@ def test_preflight_names_what_does_not_fit(student, teacher, capsys, spoil, fail
     spoilt = spoil(student)
     with pytest.raises(InputError, match=remedy): preflight(spoilt, teacher, context=64)
     table = capsys.readouterr().out
-    assert checks(preflight_lines(spoilt, teacher, conversation(1)['messages'], 64), ok=False) == failing
+    assert checks(_preflight_lines(spoilt, teacher, conversation(1)['messages'], 64), ok=False) == failing
     assert all(re.search(f'{check} .*does not fit', table) for check in failing) and table.count('does not fit') == len(failing)
 
 
@@ -116,11 +116,11 @@ def test_an_example_without_an_answer_is_refused(student, teacher):
 
 
 def test_preflight_counts_memory(student, teacher, monkeypatch):
-    line = next(line for line in preflight_lines(student, replace(teacher, model=copy.deepcopy(teacher.model).bfloat16()), EXAMPLE, 0)
+    line = next(line for line in _preflight_lines(student, replace(teacher, model=copy.deepcopy(teacher.model).bfloat16()), EXAMPLE, 0)
                 if line['check'] == 'memory')
     count, others = (sum(p.numel() for p in lm.model.parameters()) for lm in (student, teacher))
     assert (line['student'], line['teacher']) == (f'{16*count/2**20:.1f} MiB', f'{2*others/2**20:.1f} MiB')
-    monkeypatch.setattr('scilm_adapt.models.free_memory', lambda device: 1000)
+    monkeypatch.setattr('scilm_adapt.models._free_memory', lambda device: 1000)
     with pytest.raises(InputError, match='smaller student or a larger machine'): preflight(student, teacher)
 
 
@@ -140,13 +140,13 @@ def test_padded_output_layers_fit(student):
 
 def test_complaint_is_the_sentence_or_nothing():
     def refuse(): raise InputError('no')
-    assert complaint(refuse) == 'no' and complaint(len, []) == ''
+    assert _complaint(refuse) == 'no' and _complaint(len, []) == ''
 
 
 def test_what_is_learnt_is_marked_and_long_texts_are_shortened(student):
     messages = [dict(role='user', content='q'*500), dict(role='assistant', content='one\ntwo'), dict(role='user', content='and?'),
                 dict(role='assistant', content='Теплота — это движение.')]
-    text = rendered(student, messages)
+    text = _rendered(student, messages)
     assert '\n' not in text and 'q … q' in text and len(text) < 300
     assert re.findall('⟦(.*?)⟧', text) == ['one⏎two<|im_end|>', 'Теплота — это движение.<|im_end|>']
     assert 'and?' in text and text.startswith('<|im_start|>user')

@@ -16,7 +16,7 @@ from scilm_adapt.models import LanguageModel, build
 from scilm_adapt.runs import rng
 from scilm_adapt.teacher import LiveTeacher
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
-from scilm_adapt.training import LossModule, adamw, fit, micro_batches, schedule
+from scilm_adapt.training import _LossModule, adamw, fit, micro_batches, schedule
 
 torch.set_num_threads(1)
 # Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way. AdamW divides a
@@ -60,7 +60,7 @@ def train_shared(case: dict, layers: bool) -> tuple[list[dict], dict[str, torch.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     (student, batch_at, loss), ranks = world(**case), distributed.get_world_size()
-    mesh, module = init_device_mesh('cpu', (ranks,)), LossModule(student.model, loss)
+    mesh, module = init_device_mesh('cpu', (ranks,)), _LossModule(student.model, loss)
     for part in [*student.model.base_model.layers] if layers else []: fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
     assert all(2*p.to_local().numel() == p.numel() for p in module.parameters() if len(p) % ranks == 0)

@@ -13,7 +13,7 @@ from scilm_adapt.errors import InputError, Stopped
 from scilm_adapt.files import read_json
 from scilm_adapt.models import hidden_states, load, logits_of, save, weights_hash
 from scilm_adapt.pairs import Pairs
-from scilm_adapt.recipe import HOW, Recipe, Task, has_adapters, lora, parameters_of, recipe_of, stage_settings, train_stage
+from scilm_adapt.recipe import _HOW, Recipe, Task, has_adapters, lora, parameters_of, recipe_of, stage_settings, train_stage
 from scilm_adapt.runs import Run
 from scilm_adapt.tokens import batch_rows
 from scilm_adapt.training import lm_loss
@@ -27,7 +27,7 @@ KINDS = [Recipe, contrast.Recipe, distill.Recipe]
 @pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind.__module__)
 def test_what_only_says_how_is_in_no_key_and_all_else_is(kind):
     plain = kind(**vars(RECIPE))
-    assert set(plain.key()) == {one.name for one in fields(kind)} - set(HOW)
+    assert set(plain.key()) == {one.name for one in fields(kind)} - set(_HOW)
     assert plain.key() == replace(plain, micro_batch=1, gradient_checkpointing=True, trackers='tensorboard').key()
     for name, value in dict(steps=7, batch_size=2, context=32, learning_rate=1.0, lora_rank=2, seed=1).items():
         assert replace(plain, **{name: value}).key() != plain.key(), name

@@ -21,7 +21,7 @@ from scilm_adapt.generate import chat_prompt, respond
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, hidden_states, load, tiny, weights_hash
 from scilm_adapt.papers import Corpus
-from scilm_adapt.remote import align_answer, kept_words, lexicon, match_ids, remote_targets
+from scilm_adapt.remote import _align_answer, _kept_words, _lexicon, _remote_targets, match_ids
 from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, build_cache, open_cache
 from scilm_adapt.tokens import encode_chat, pack, train_tokenizer
@@ -38,9 +38,9 @@ CLIENT = '''
 import json, sys
 from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.models import load
-from scilm_adapt.remote import remote_targets
+from scilm_adapt.remote import _remote_targets
 url, folder, chats = sys.argv[1:]
-remote_targets(folder, Endpoint(url, 'm', concurrency=1), load('zoo:student', 'cpu').tokenizer, json.loads(chats), k=8, context=128)
+_remote_targets(folder, Endpoint(url, 'm', concurrency=1), load('zoo:student', 'cpu').tokenizer, json.loads(chats), k=8, context=128)
 '''
 
 
@@ -101,7 +101,7 @@ def loss_of(cache, student, batch, divergence='forward_kl') -> torch.Tensor:
 def test_targets_are_those_of_the_model_itself(style, by_number, teacher, student, tmp_path, monkeypatch):
     monkeypatch.setattr('scilm_adapt.teacher.mixed_precision', lambda device: 'no')  # in 32 bits, as the server computes
     with Server(teacher, style) as server:
-        remote = remote_targets(tmp_path/'far', server.endpoint, student.tokenizer, CHATS, k=8, context=128, token_ids=by_number)
+        remote = _remote_targets(tmp_path/'far', server.endpoint, student.tokenizer, CHATS, k=8, context=128, token_ids=by_number)
     assert len(remote.chats) == len(CHATS) == remote.usage.answers and {chat['author'] for chat in remote.chats} == {'teacher'}
     local = respond(teacher, [chat_prompt(teacher, chat['messages'][:1]) for chat in CHATS], 32)
     assert [(chat['messages'][-1]['content'], chat['stopped']) for chat in remote.chats] == [(a.text, a.stopped) for a in local]
@@ -110,7 +110,7 @@ def test_targets_are_those_of_the_model_itself(style, by_number, teacher, studen
     records, near = remote.cache.read(where), LiveTeacher(teacher).targets(batch).softmax(-1)
     written = batch['input_ids'][:, 1:][batch['loss_mask'][:, 1:]]
     assert len(records) == remote.packed.token_loss_mask.sum() >= 0.9*sum(len(a.ids) for a in local)
-    certain = (written == lexicon(student.tokenizer).end).numpy() & (style == 'openai')  # where it does not tell the end
+    certain = (written == _lexicon(student.tokenizer).end).numpy() & (style == 'openai')  # where it does not tell the end
     assert (records['weights'][certain][:, 0] == 1).all()
     found = near.gather(-1, torch.from_numpy(records['token_ids'].astype(np.int64))).numpy()
     used = (records['weights'] > 0) & ~certain[:, None]
@@ -125,7 +125,7 @@ def test_targets_are_those_of_the_model_itself(style, by_number, teacher, studen
 
 
 def test_the_cache_opens_like_any_other_and_a_student_learns_from_it(teacher, student, tmp_path):
-    with Server(teacher) as server: remote = remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:3], k=8, context=128)
+    with Server(teacher) as server: remote = _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:3], k=8, context=128)
     cache, batch = open_cache(tmp_path/'targets', remote.packed, k=8, how='top_k', model='m'), addressed_batch(remote.packed)
     before = loss_of(cache, student, batch).item()
     copy = load('zoo:student', 'cpu')
@@ -141,8 +141,8 @@ def test_the_cache_opens_like_any_other_and_a_student_learns_from_it(teacher, st
 
 
 def test_a_truncated_answer_has_no_end(teacher, student, tmp_path):
-    with Server(teacher, room=5) as server: remote = remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS, k=4)
-    end, cut = lexicon(student.tokenizer).end, [n for n, chat in enumerate(remote.chats) if not chat['stopped']]
+    with Server(teacher, room=5) as server: remote = _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS, k=4)
+    end, cut = _lexicon(student.tokenizer).end, [n for n, chat in enumerate(remote.chats) if not chat['stopped']]
     assert cut
     for n in cut:
         start, stop = remote.packed.tokens.starts[n:n + 2]
@@ -167,29 +167,29 @@ def test_a_killed_client_goes_on_behind_its_last_answer(teacher, student, tmp_pa
         assert kept < len(many) and not (tmp_path/'a'/'targets').exists()
         time.sleep(0.5)
         server.delay, before = 0.0, len(server.asked)
-        remote = remote_targets(tmp_path/'a', server.endpoint, student.tokenizer, many, k=8, context=128)
+        remote = _remote_targets(tmp_path/'a', server.endpoint, student.tokenizer, many, k=8, context=128)
         assert len(server.asked) - before == len(many) - kept and remote.usage.kept == kept
-        whole = remote_targets(tmp_path/'b', server.endpoint, student.tokenizer, many, k=8, context=128)
+        whole = _remote_targets(tmp_path/'b', server.endpoint, student.tokenizer, many, k=8, context=128)
     assert whole.chats == remote.chats
     for name in ('shard-00000.bin', 'targets.json'):
         assert (tmp_path/'a'/'targets'/name).read_bytes() == (tmp_path/'b'/'targets'/name).read_bytes()
-    again = remote_targets(tmp_path/'a', Endpoint('http://127.0.0.1:9/v1', 'm'), student.tokenizer, many, k=8, context=128)
+    again = _remote_targets(tmp_path/'a', Endpoint('http://127.0.0.1:9/v1', 'm'), student.tokenizer, many, k=8, context=128)
     assert again.usage.kept == len(many) and again.chats == remote.chats
     with open(tmp_path/'a'/'targets'/'shard-00000.bin', 'ab') as shard: shard.write(b'x')  # damaged: made anew from the answers
-    again = remote_targets(tmp_path/'a', Endpoint('http://127.0.0.1:9/v1', 'm'), student.tokenizer, many, k=8, context=128)
+    again = _remote_targets(tmp_path/'a', Endpoint('http://127.0.0.1:9/v1', 'm'), student.tokenizer, many, k=8, context=128)
     assert (again.cache.read(np.arange(50)) == remote.cache.read(np.arange(50))).all()
 
 
 def test_a_cache_of_something_else_is_refused(teacher, student, tmp_path, monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-secret-1')
     with Server(teacher) as server:
-        remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:2], k=4, context=128)
+        _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:2], k=4, context=128)
         with pytest.raises(InputError, match=r'targets.json: the cache was made for something else.*k \(4 there, 5 wanted\)'):
-            remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:2], k=5, context=128)
+            _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:2], k=5, context=128)
         with pytest.raises(InputError, match=r'model \(m there, other wanted\)'):
-            remote_targets(tmp_path, Endpoint(server.endpoint.url, 'other'), student.tokenizer, CHATS[:2], k=4, context=128)
+            _remote_targets(tmp_path, Endpoint(server.endpoint.url, 'other'), student.tokenizer, CHATS[:2], k=4, context=128)
         with pytest.raises(InputError, match='questions'):
-            remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:3], k=4, context=128)
+            _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:3], k=4, context=128)
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and b'secret' in p.read_bytes()]
 
 
@@ -198,27 +198,28 @@ def test_a_cache_of_something_else_is_refused(teacher, student, tmp_path, monkey
 def test_a_server_without_probabilities_is_named_with_the_way_out(teacher, student, tmp_path):
     with Server(teacher, 'silent') as server:
         with pytest.raises(InputError, match='gives no probabilities.*vLLM and llama.cpp do.*instruct.ask_teacher'):
-            remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:2], k=4, context=128)
+            _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS[:2], k=4, context=128)
 
 
 def test_another_tokenizer_is_refused_with_both_ways_out(teacher, tmp_path):
     other = train_tokenizer(['öäü '*20], 270)
     with Server(teacher) as server:
         with pytest.raises(InputError, match='another tokenizer.*instruct.ask_teacher.*cross-tokenizer: alignment.AlignedTeacher'):
-            remote_targets(tmp_path, server.endpoint, other, CHATS, k=4, context=1024)
+            _remote_targets(tmp_path, server.endpoint, other, CHATS, k=4, context=1024)
 
 
 def test_no_room_no_words_and_no_sense_are_said(teacher, student, tmp_path):
     with Server(teacher) as server:
-        with pytest.raises(InputError, match='leaves room'): remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS, context=16)
-        with pytest.raises(InputError, match='k is 0'): remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS, k=0)
+        with pytest.raises(InputError, match='leaves room'):
+            _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS, context=16)
+        with pytest.raises(InputError, match='k is 0'): _remote_targets(tmp_path, server.endpoint, student.tokenizer, CHATS, k=0)
         assert not server.asked
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------------------
 
 TOKENIZER = train_tokenizer(['heat moves heat waves wave moving'], 290)
-WORDS = lexicon(TOKENIZER)
+WORDS = _lexicon(TOKENIZER)
 
 
 def word(text: str, logprob: float = -0.1, **more) -> Word: return Word(text, logprob, text.encode(), **more)
@@ -227,42 +228,42 @@ def word(text: str, logprob: float = -0.1, **more) -> Word: return Word(text, lo
 def test_other_cuts_are_left_out_and_the_tail_takes_unknown_words():
     ids = TOKENIZER('heat moves')['input_ids']
     cuts = [WORDS.pieces[i].decode() for i in ids]
-    whole = align_answer('heat moves', [(word(cut), []) for cut in cuts], False, WORDS)
+    whole = _align_answer('heat moves', [(word(cut), []) for cut in cuts], False, WORDS)
     assert match_ids(ids, whole, 'heat moves', WORDS) == list(range(len(ids)))
-    split = align_answer('heat moves', [(word(part), []) for part in (cuts[0][:1], cuts[0][1:], *cuts[1:])], False, WORDS)
+    split = _align_answer('heat moves', [(word(part), []) for part in (cuts[0][:1], cuts[0][1:], *cuts[1:])], False, WORDS)
     assert match_ids(ids, split, 'heat moves', WORDS) == [None, *range(2, len(ids) + 1)]
     place = word(cuts[0], -1.0), [word(cuts[0], -1.0), word(' quark', -0.9), word('<|im_end|>', -2.0)]
-    kept, weights = kept_words(place, 4, WORDS, False, set())
+    kept, weights = _kept_words(place, 4, WORDS, False, set())
     assert kept == [ids[0], WORDS.end, ids[0], ids[0]] and np.allclose(weights, [np.exp(-1), np.exp(-2), 0, 0])
-    assert kept_words((word(' quark'), []), 2, WORDS, False, set()) is None
+    assert _kept_words((word(' quark'), []), 2, WORDS, False, set()) is None
 
 
 def test_white_space_around_is_no_part_of_the_answer_and_any_last_word_ends_it():
     said = [(word(text), []) for text in ('\n ', ' heat', '\n')]
-    assert align_answer('heat', said, True, WORDS).edges.tolist() == [[0, 0], [0, 4], [4, 5]]
+    assert _align_answer('heat', said, True, WORDS).edges.tolist() == [[0, 0], [0, 4], [4, 5]]
     for ending in (word('<|eot_id|>'), Word('', -0.1, b''), Word('</s>', -0.1, None)):
-        aligned = align_answer('heat', [*said, (ending, [])], True, WORDS)
+        aligned = _align_answer('heat', [*said, (ending, [])], True, WORDS)
         assert aligned.closing[0] == ending and len(aligned.said) == 3
-        assert kept_words(aligned.closing, 1, WORDS, False, set(), closing=True)[0] == [WORDS.end]
-    assert align_answer('heat', said, True, WORDS).closing is None
-    assert align_answer('heat', [*said, (word('<|eot_id|>'), [])], False, WORDS) is None  # a truncated answer has no such word
-    assert align_answer('heats', said, True, WORDS) is None and align_answer('heat', [], True, WORDS) is None
+        assert _kept_words(aligned.closing, 1, WORDS, False, set(), closing=True)[0] == [WORDS.end]
+    assert _align_answer('heat', said, True, WORDS).closing is None
+    assert _align_answer('heat', [*said, (word('<|eot_id|>'), [])], False, WORDS) is None  # a truncated answer has no such word
+    assert _align_answer('heats', said, True, WORDS) is None and _align_answer('heat', [], True, WORDS) is None
 
 
 def test_numbers_are_taken_only_if_they_spell_the_answer():
     ids = TOKENIZER('wave')['input_ids']
     right = [(Word(f'token_id:{i}', -0.1, None, i), []) for i in ids]
-    assert align_answer('wave', right, False, WORDS).numbered
+    assert _align_answer('wave', right, False, WORDS).numbered
     shifted = [(Word(WORDS.pieces[i].decode(), -0.1, WORDS.pieces[i], i + 1), []) for i in ids]
-    aligned = align_answer('wave', shifted, False, WORDS)
+    aligned = _align_answer('wave', shifted, False, WORDS)
     assert not aligned.numbered and match_ids(ids, aligned, 'wave', WORDS) == list(range(len(ids)))
-    assert align_answer('wave', [(Word(f'token_id:{i + 1}', -0.1, None, i + 1), []) for i in ids], False, WORDS) is None
+    assert _align_answer('wave', [(Word(f'token_id:{i + 1}', -0.1, None, i + 1), []) for i in ids], False, WORDS) is None
 
 
 @pytest.mark.parametrize('text', ['Тепло — движение, 🌊!', 'x² ≠ naïve'])
 def test_half_letters_are_met_by_their_bytes(text):
     ids = TOKENIZER(text)['input_ids']
-    aligned = align_answer(text, [(Word('\ufffd', -0.1, WORDS.pieces[i]), []) for i in ids], False, WORDS)
+    aligned = _align_answer(text, [(Word('\ufffd', -0.1, WORDS.pieces[i]), []) for i in ids], False, WORDS)
     assert match_ids(ids, aligned, text, WORDS) == list(range(len(ids)))
 
 
@@ -290,10 +291,10 @@ def test_a_server_with_other_names_of_the_end_is_understood(tmp_path):
     chats = [dict(paper_id=q, messages=[dict(role='user', content=q)]) for q in answers]
     class Renamed(Server):
         def word(self, i, logprob, by_number):
-            end = lexicon(self.lm.tokenizer).end
+            end = _lexicon(self.lm.tokenizer).end
             return dict(token='<|eot_id|>', logprob=logprob, bytes=list(b'<|eot_id|>')) if i == end else super().word(i, logprob, by_number)
-    with Renamed(lm, 'vllm') as server: remote = remote_targets(tmp_path, server.endpoint, lm.tokenizer, chats, k=4)
-    batch, end = addressed_batch(remote.packed), lexicon(lm.tokenizer).end
+    with Renamed(lm, 'vllm') as server: remote = _remote_targets(tmp_path, server.endpoint, lm.tokenizer, chats, k=4)
+    batch, end = addressed_batch(remote.packed), _lexicon(lm.tokenizer).end
     mask = batch['loss_mask'][:, 1:]
     records, written = remote.cache.read(batch['address'][:, 1:][mask].numpy()), batch['input_ids'][:, 1:][mask]
     near = LiveTeacher(lm).targets(batch).softmax(-1)[:, end]

@@ -92,25 +92,25 @@ def test_what_is_not_shown_is_said_so():
     result = invented()
     for difference in result['differences']: difference.update(value=0.001, low=-0.01, high=0.012, verdict='open')
     assert set(report.promises(result)['this run']) == {'not shown', 'no loss is shown'}
-    assert '0 show an improvement, 0 show a loss, and 16 show neither' in report.tally(result)
-    assert report.before_after_caption(result).count('(not shown)') == 4
-    assert 'a difference is not shown' in report.size_caption(result)
+    assert '0 show an improvement, 0 show a loss, and 16 show neither' in report._tally(result)
+    assert report._before_after_caption(result).count('(not shown)') == 4
+    assert 'a difference is not shown' in report._size_caption(result)
 
 
 def test_limits_name_every_loss_and_small_models():
     result = invented(-0.1)
-    found = ' '.join(report.limits('distilled', result, CONFIG))
+    found = ' '.join(report._limits('distilled', result, CONFIG))
     assert 'Science: distilled reads science at' in found and 'worse, shown' in found and '1.87 M parameters' in found and 'seed 3' in found
     large = invented(0.1)
     large['models']['distilled'].update(params=2_000_000_000, stop_rate=dict(value=1.0, low=0.97, high=1.0))
-    assert 'nonsense' not in ' '.join(report.limits('distilled', large, CONFIG)) and len(report.limits('base', large, CONFIG)) >= 2
+    assert 'nonsense' not in ' '.join(report._limits('distilled', large, CONFIG)) and len(report._limits('base', large, CONFIG)) >= 2
 
 
 def test_loss_caption_states_the_fall_and_survives_a_missing_value(run):
-    caption = report.loss_caption(run, 'contrast')
+    caption = report._loss_caption(run, 'contrast')
     assert '20 steps' in caption and 'loss from 4.95 to 3.15' in caption
     assert 'titles told apart (nats per pair) from 1.95 to 0.15' in caption
-    assert math.isnan(report.read_history(run, 'contrast')['lm'][7])
+    assert math.isnan(report._read_history(run, 'contrast')['lm'][7])
 
 
 # --- figures
@@ -118,25 +118,25 @@ def test_loss_caption_states_the_fall_and_survives_a_missing_value(run):
 @pytest.mark.parametrize('names', [NAMES, ('base', 'teacher'), ('distilled',), ('mine', 'other')])
 def test_figures_are_drawn_for_any_models(names):
     result = invented(names=names)
-    assert set(report.long_form(result).columns) == {'model', 'params', 'metric', 'value', 'low', 'high'}
+    assert set(report._long_form(result).columns) == {'model', 'params', 'metric', 'value', 'low', 'high'}
     for draw in (report.before_after, report.quality_against_size):
         figure = draw(result)
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert labels == list(names)
         plt.close(figure)
-    assert report.size_caption(result) and report.before_after_caption(result) and len(report.promises(result)) in (0, 7)
+    assert report._size_caption(result) and report._before_after_caption(result) and len(report.promises(result)) in (0, 7)
 
 
 def test_loss_curves_have_a_panel_for_each_part(run):
     figure = report.loss_curves(run, 'distilled')
-    assert [ax.get_title(loc='left') for ax in figure.axes] == [report.PARTS[part] for part in ('loss', 'distil', 'retention')]
+    assert [ax.get_title(loc='left') for ax in figure.axes] == [report._PARTS[part] for part in ('loss', 'distil', 'retention')]
     plt.close(figure)
 
 
 def test_an_only_part_is_shown_once(run):
     write_json(run.folder/'models'/'alone'/'history.json', [dict(step=n, loss=4.0 - n, lm=4.0 - n, learning_rate=0.1) for n in range(3)])
     figure = report.loss_curves(run, 'alone')
-    assert [ax.get_title(loc='left') for ax in figure.axes] == [report.PARTS['lm']]
+    assert [ax.get_title(loc='left') for ax in figure.axes] == [report._PARTS['lm']]
     plt.close(figure)
 
 
@@ -151,14 +151,14 @@ def test_an_only_part_is_shown_once(run):
     ('C:\\x\\my texts.csv', 'my texts.csv'),
     (f'{SECRET}/my texts/a b.csv', 'a b.csv'), ('heat / light', 'heat / light'),
     ([1, '/a/b'], [1, 'b']), (dict(a=dict(b='/c/d')), dict(a=dict(b='d')))])
-def test_public_cuts_paths_and_nothing_else(value, told): assert report.public(value) == told
+def test_public_cuts_paths_and_nothing_else(value, told): assert report._public(value) == told
 
 
 def test_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'outputs'/'model').mkdir(parents=True)
-    assert report.hub_name('org/model-1.7B') == 'org/model-1.7B'
-    assert [report.hub_name(name) for name in ('zoo:student', 'outputs/model', '/a/b', '../x', 'gpt2')] == [None]*5
+    assert report._hub_name('org/model-1.7B') == 'org/model-1.7B'
+    assert [report._hub_name(name) for name in ('zoo:student', 'outputs/model', '/a/b', '../x', 'gpt2')] == [None]*5
 
 
 # --- publishing
@@ -233,7 +233,7 @@ def test_publishing_again_replaces_everything(run, corpus):
     first = (run.folder/'report.md').read_text()
     report.publish(run, invented(-0.1), CONFIG, corpus)
     assert (run.folder/'report.md').read_text() != first
-    assert {p.name for p in run.folder.rglob('.*')} <= {runs.LOCK, runs.HOLDER, files.LEDGER, '.verified.json'}
+    assert {p.name for p in run.folder.rglob('.*')} <= {runs._LOCK, runs._HOLDER, files._LEDGER, '.verified.json'}
 
 
 def test_metrics_come_last(run, corpus, monkeypatch):
@@ -271,7 +271,7 @@ def test_blocks_have_both_forms(tmp_path):
     blocks = [('heading', 'A < B', 1), ('text', 'x & y'), ('items', ['one', 'two']), ('table', pd.DataFrame(dict(a=[1]))),
               ('figure', 'f', 'a "caption"'), ('answers', 1, said, dict(base=said))]
     page, text = report.to_html(blocks, tmp_path, 'T'), report.to_markdown(blocks)
-    assert {kind for kind, *_ in blocks} == report.markdown.keys() == report.html_blocks(tmp_path).keys()
+    assert {kind for kind, *_ in blocks} == report.markdown.keys() == report._html_blocks(tmp_path).keys()
     assert '<h1>A &lt; B</h1>' in page and 'alt="a &quot;caption&quot;"' in page and 'base (cut off)' in page and '(nothing)' in page
     assert text.startswith('# A < B\n\nx & y\n\n- one\n- two\n\n|') and '![a "caption"](figures/f.png)' in text and '    (nothing)' in text
     json.dumps(report.machine())
@@ -293,7 +293,7 @@ def test_a_metric_that_is_added_stands_everywhere(run, corpus, monkeypatch):
     assert [ax.get_xlabel() for ax in figure.axes] == ['bits per byte (fewer is better)', 'share (more is better)',
                                                        'letters (fewer is better)']
     plt.close(figure)
-    assert 'letters +2.000' in report.before_after_caption(result)
+    assert 'letters +2.000' in report._before_after_caption(result)
     report.publish(run, result, CONFIG, corpus)
     text = (run.folder/'report.md').read_text()
     for expected in ('Length: distilled writes 11.00 letters against 9.00 of base: worse, shown', 'Letters: counted.', '| letters '):
@@ -315,8 +315,8 @@ def test_references_stand_in_tables_figures_and_captions(run, corpus):
         figure = draw(result)
         assert [text.get_text() for text in figure.legends[0].get_texts()] == list(shown.index)
         plt.close(figure)
-    assert 'distilled has 100% of the parameters of larger: science ' in report.size_caption(result)
-    assert 'of plain: science ' in report.size_caption(result) and len(report.promises(result)) == 7
+    assert 'distilled has 100% of the parameters of larger: science ' in report._size_caption(result)
+    assert 'of plain: science ' in report._size_caption(result) and len(report.promises(result)) == 7
     (run.folder/'models'/'larger').mkdir(parents=True)
     report.publish(run, result, CONFIG, corpus)
     assert not (run.folder/'models'/'larger'/'README.md').exists()  # a model that is not of this run gets no card of it
@@ -329,7 +329,7 @@ def test_references_stand_in_tables_figures_and_captions(run, corpus):
 def test_a_line_leads_through_the_states_of_the_student_only():
     result = invented(names=('teacher', 'base', 'larger', 'distilled'))
     figure, ax = plt.subplots()
-    report.dumbbell(ax, result, {'science_bpb': metrics['science_bpb']})
+    report._dumbbell(ax, result, {'science_bpb': metrics['science_bpb']})
     way = ax.get_lines()[0].get_xdata()
     assert list(way) == [result['models'][name]['science_bpb']['value'] for name in ('base', 'distilled')]
     plt.close(figure)

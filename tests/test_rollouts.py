@@ -14,10 +14,10 @@ from scilm_adapt.rollouts import (
     OnPolicy,
     ReplayBuffer,
     Rollout,
-    answer_kinds,
+    _answer_kinds,
+    _roll_out,
     documents_in,
     on_policy_batches,
-    roll_out,
     student_weight_at,
 )
 from scilm_adapt.tokens import TURN_END, TURN_START, batch_rows, encode_chat, pack
@@ -68,7 +68,7 @@ def documents(batch, prefix=''):
 # --- a roll-out
 
 def test_a_roll_out_is_the_prompt_and_what_the_student_wrote(lm):
-    for chat, rollout in zip(CHATS, roll_out(lm, CHATS, POLICY)):
+    for chat, rollout in zip(CHATS, _roll_out(lm, CHATS, POLICY)):
         prompt = chat_prompt(lm, chat['messages'][:-1])
         assert rollout.ids[:len(prompt)] == prompt
         assert rollout.mask == [0]*len(prompt) + [1]*rollout.length and 1 <= rollout.length <= 12
@@ -78,26 +78,26 @@ def test_a_roll_out_is_the_prompt_and_what_the_student_wrote(lm):
 def test_its_end_is_marked_only_if_it_was_written(lm):
     end, turn = lm.tokenizer.convert_tokens_to_ids([TURN_END, TURN_START])
     word = 9
-    assert rollouts.to_rollout([1, 2], [word, end, end], [end], [end, turn]) == Rollout([1, 2, word, end], [0, 0, 1, 1], True, False)
-    assert rollouts.to_rollout([1, 2], [word, turn, end], [end], [end, turn]) == Rollout([1, 2, word, turn], [0, 0, 1, 1], False, False)
-    assert rollouts.to_rollout([1, 2], [word, word], [end], [end, turn]) == Rollout([1, 2, word, word], [0, 0, 1, 1], False, True)
+    assert rollouts._to_rollout([1, 2], [word, end, end], [end], [end, turn]) == Rollout([1, 2, word, end], [0, 0, 1, 1], True, False)
+    assert rollouts._to_rollout([1, 2], [word, turn, end], [end], [end, turn]) == Rollout([1, 2, word, turn], [0, 0, 1, 1], False, False)
+    assert rollouts._to_rollout([1, 2], [word, word], [end], [end, turn]) == Rollout([1, 2, word, word], [0, 0, 1, 1], False, True)
 
 
 def test_roll_outs_are_a_function_of_seed_step_and_weights(lm):
-    first, state = roll_out(lm, CHATS, POLICY, 1, 2), torch.get_rng_state()
+    first, state = _roll_out(lm, CHATS, POLICY, 1, 2), torch.get_rng_state()
     torch.rand(5)
     lm.model.train()
-    assert roll_out(lm, CHATS, POLICY, 1, 2) == first and lm.model.training
+    assert _roll_out(lm, CHATS, POLICY, 1, 2) == first and lm.model.training
     lm.model.eval()
-    assert roll_out(lm, CHATS, POLICY, 2, 2) != first != roll_out(lm, CHATS, POLICY, 1, 3)
+    assert _roll_out(lm, CHATS, POLICY, 2, 2) != first != _roll_out(lm, CHATS, POLICY, 1, 3)
     torch.set_rng_state(state)
-    roll_out(lm, CHATS, POLICY)
+    _roll_out(lm, CHATS, POLICY)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_only_the_last_answer_is_the_students(lm):
     talk = dict(paper_id='1', messages=CHATS[0]['messages'] + CHATS[1]['messages'])
-    rollout, = roll_out(lm, [talk], POLICY)
+    rollout, = _roll_out(lm, [talk], POLICY)
     prompt = chat_prompt(lm, talk['messages'][:3])
     assert rollout.ids[:len(prompt)] == prompt and not any(rollout.mask[:len(prompt)])
 
@@ -105,21 +105,21 @@ def test_only_the_last_answer_is_the_students(lm):
 def test_a_question_without_room_for_an_answer_keeps_the_given_one(lm):
     long = chat('Why? '*20, 'So.')
     size = len(chat_prompt(lm, long['messages'][:1]))
-    assert [bool(r) for r in roll_out(lm, [CHATS[0], long], POLICY, context=size + 11)] == [True, False]
-    assert all(roll_out(lm, [CHATS[0], long], POLICY, context=size + 12))
-    assert roll_out(lm, [long], replace(POLICY, max_new_tokens=lm.context - size + 1)) == [None]
+    assert [bool(r) for r in _roll_out(lm, [CHATS[0], long], POLICY, context=size + 11)] == [True, False]
+    assert all(_roll_out(lm, [CHATS[0], long], POLICY, context=size + 12))
+    assert _roll_out(lm, [long], replace(POLICY, max_new_tokens=lm.context - size + 1)) == [None]
 
 
 # --- shares
 
 def test_kinds_of_answers_are_drawn_by_address_and_a_larger_share_only_adds():
     numbers = list(range(3000))
-    counts = Counter(answer_kinds(numbers, 0.6, 0.2, 0, 0))
+    counts = Counter(_answer_kinds(numbers, 0.6, 0.2, 0, 0))
     assert abs(counts['fresh']/3000 - 0.2) < 0.03 and abs(counts['kept']/3000 - 0.4) < 0.03
-    less, more = answer_kinds(numbers, 0.3, 0.3, 0, 5), answer_kinds(numbers, 0.6, 0.6, 0, 5)
-    assert all(b == 'fresh' for a, b in zip(less, more) if a == 'fresh') and less != answer_kinds(numbers, 0.3, 0.3, 0, 6)
-    assert answer_kinds(numbers[::-1], 0.3, 0.3, 0, 5) == less[::-1]
-    assert set(answer_kinds(numbers, 0, 0, 0, 0)) == {'given'} and set(answer_kinds(numbers, 1, 1, 0, 0)) == {'fresh'}
+    less, more = _answer_kinds(numbers, 0.3, 0.3, 0, 5), _answer_kinds(numbers, 0.6, 0.6, 0, 5)
+    assert all(b == 'fresh' for a, b in zip(less, more) if a == 'fresh') and less != _answer_kinds(numbers, 0.3, 0.3, 0, 6)
+    assert _answer_kinds(numbers[::-1], 0.3, 0.3, 0, 5) == less[::-1]
+    assert set(_answer_kinds(numbers, 0, 0, 0, 0)) == {'given'} and set(_answer_kinds(numbers, 1, 1, 0, 0)) == {'fresh'}
 
 
 @pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
@@ -129,12 +129,12 @@ def test_own_answers_stand_in_the_place_of_a_share_of_the_given_ones(lm, given, 
         batch = batch_at(step)
         numbers = documents_in(given, batch_rows(len(given), 4, step, 0))
         assert len(numbers) == len(set(numbers)) > 4
-        chosen = {n for n, source in zip(numbers, answer_kinds(numbers, share, share, 0, step)) if source == 'fresh'}
+        chosen = {n for n, source in zip(numbers, _answer_kinds(numbers, share, share, 0, step)) if source == 'fresh'}
         ordered = [n for n in numbers if n in chosen]
-        own = {tuple(r.ids): r for r in roll_out(lm, [CHATS[n] for n in ordered], POLICY, 0, step, CONTEXT)}
+        own = {tuple(r.ids): r for r in _roll_out(lm, [CHATS[n] for n in ordered], POLICY, 0, step, CONTEXT)}
         found = documents(batch)
         assert sorted(tuple(ids) for ids, _, mine in found if any(mine)) == sorted(own)
-        others = [rollouts.packed_document(given, n)[0] for n in numbers if n not in chosen]
+        others = [rollouts._packed_document(given, n)[0] for n in numbers if n not in chosen]
         assert sorted(ids for ids, _, mine in found if not any(mine)) == sorted(others)
         assert all(mine == learnt == list(map(bool, own[tuple(ids)].mask)) for ids, learnt, mine in found if any(mine))
         assert batch['count'] == batch['loss_mask'].sum() and int(batch['step']) == step
@@ -165,7 +165,7 @@ def test_batches_follow_the_weights_and_keep_the_papers(lm, given):
 
 def test_the_numbers_are_those_of_the_roll_outs(lm, given):
     batch = on_policy_batches(lm, CHATS, given, batches(given), replace(POLICY, share=1.0), CONTEXT, STEPS, 0)(0)
-    own = roll_out(lm, [CHATS[n] for n in documents_in(given, batch_rows(len(given), 4, 0, 0))], POLICY, 0, 0, CONTEXT)
+    own = _roll_out(lm, [CHATS[n] for n in documents_in(given, batch_rows(len(given), 4, 0, 0))], POLICY, 0, 0, CONTEXT)
     mean = lambda values: sum(values)/len(own)
     assert float(batch['rollout_length']) == pytest.approx(mean([r.length for r in own]))
     assert float(batch['rollout_stopped']) == pytest.approx(mean([r.stopped for r in own]))
@@ -194,7 +194,7 @@ def test_with_a_weight_own_answers_are_rows_of_their_own(lm, given):
     batch = on_policy_batches(lm, CHATS, given, batches(given), replace(POLICY, share=1.0, student_weight=1.0), CONTEXT, STEPS, 0)(2)
     old = batches(given)(2)
     assert all(torch.equal(batch[name], value) for name, value in old.items()) and not batch['on_policy'].any()
-    own = roll_out(lm, [CHATS[n] for n in documents_in(given, batch_rows(len(given), 4, 2, 0))], POLICY, 0, 2, CONTEXT)
+    own = _roll_out(lm, [CHATS[n] for n in documents_in(given, batch_rows(len(given), 4, 2, 0))], POLICY, 0, 2, CONTEXT)
     assert sorted(ids for ids, _, _ in documents(batch, 'on_policy_')) == sorted(r.ids for r in own)
     assert batch['on_policy_count'] == batch['on_policy_loss_mask'].sum() == sum(r.length for r in own)
 
@@ -252,7 +252,7 @@ def test_fresh_answers_grow_rarer_and_the_buffer_gives_the_rest(lm, given):
     assert batch_at(0)['rollout_share'] == 1 and len(replay.rollouts) == 5  # not full yet: all are fresh
     before = list(replay.rollouts)
     numbers = documents_in(given, batch_rows(len(given), 4, 9, 0))
-    wanted = answer_kinds(numbers, 1.0, 0.1, 0, 9)
+    wanted = _answer_kinds(numbers, 1.0, 0.1, 0, 9)
     found = {tuple(ids) for ids, _, mine in documents(batch_at(9)) if any(mine)}
     kept = [r for r in replay.rollouts if r in before]
     assert Counter(wanted)['kept'] > 4 and len(kept) == 5 - min(5, Counter(wanted)['fresh'])
@@ -279,4 +279,4 @@ def test_chats_that_do_not_belong_are_refused(lm, given):
 
 def test_a_conversation_without_an_answer_is_named(lm):
     for messages in (CHATS[0]['messages'][:1], [*CHATS[0]['messages'], CHATS[1]['messages'][0]], CHATS[0]['messages'][1:]):
-        with pytest.raises(InputError, match="'Heat 1' does not end"): roll_out(lm, [dict(paper_id='Heat 1', messages=messages)], POLICY)
+        with pytest.raises(InputError, match="'Heat 1' does not end"): _roll_out(lm, [dict(paper_id='Heat 1', messages=messages)], POLICY)

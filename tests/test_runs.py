@@ -31,7 +31,7 @@ from scilm_adapt.files import (
     write_json,
     write_text,
 )
-from scilm_adapt.runs import Run, key_of, lock, rng, stage, survey, unlock
+from scilm_adapt.runs import Run, _lock, _unlock, key_of, rng, stage, survey
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
 JSON = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=5)
@@ -48,7 +48,7 @@ def writer(calls: list, name: str = 'stage', text: str = 'all of it'):
 def names(folder: Path) -> list[str]:
     "What lies in a folder; what hides there must be the lock."
     hidden = {path.name for path in folder.iterdir() if path.name.startswith('.')}
-    assert hidden <= {runs.LOCK, runs.HOLDER, files.LEDGER, files.SEEN, runs.DAMAGED}, hidden
+    assert hidden <= {runs._LOCK, runs._HOLDER, files._LEDGER, files.SEEN, runs._DAMAGED}, hidden
     return sorted(path.name for path in folder.iterdir() if path.name not in hidden)
 
 
@@ -376,19 +376,19 @@ def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path):
         with pytest.raises(InputError, match=f'in use by process {process.pid};'): stage(Run(tmp_path), 'mine', {}, writer([]))
         process.kill()
     stage(Run(tmp_path), 'mine', {}, writer([]))
-    unlock(tmp_path)
+    _unlock(tmp_path)
 
 
 def test_of_several_ranks_the_first_locks_and_publishes(tmp_path):
     first, second = (in_another(tmp_path, dict(RANK=str(rank), WORLD_SIZE='2')) for rank in (0, 1))
     assert [process.communicate()[0].split()[-1] for process in (first, second)] == ['built']*2
-    assert names(tmp_path) == ['other'] and (tmp_path/runs.HOLDER).read_text() == f'{first.pid}\n'
+    assert names(tmp_path) == ['other'] and (tmp_path/runs._HOLDER).read_text() == f'{first.pid}\n'
 
 
 def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch, capsys):
     def cannot(*_, **__): raise NotImplementedError
     monkeypatch.setattr(FileLock, 'acquire', cannot)
-    lock(tmp_path)
+    _lock(tmp_path)
     assert 'see that no other process uses it' in capsys.readouterr().out
 
 
@@ -465,7 +465,7 @@ def test_a_deep_survey_sees_what_the_file_system_did_not_tell(tmp_path, monkeypa
     assert verified(tmp_path/'tokens')
     file.write_bytes(b'all of iT')
     known = json.loads((tmp_path/'tokens'/files.SEEN).read_text())
-    for entries in known.values(): entries['deep/result.txt'] = files.stamp(file)  # a bit that the disk lost by itself
+    for entries in known.values(): entries['deep/result.txt'] = files._stamp(file)  # a bit that the disk lost by itself
     (tmp_path/'tokens'/files.SEEN).write_text(json.dumps(known))
     assert states(tmp_path)['tokens'] == 'done' and states(tmp_path, deep=True)['tokens'] == 'broken'
 

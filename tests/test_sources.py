@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from scilm_adapt import reading
 from scilm_adapt.errors import InputError
 from scilm_adapt.reading import Refused, Row
-from scilm_adapt.sources import expand, format_of, formats, members, refusals, rows
+from scilm_adapt.sources import _format_of, _members, expand, formats, refusals, rows
 from scilm_adapt.tables import hub_rows
 
 ТЕПЛО = 'Теплота переходит от тёплых тел к холодным и никогда сама собой обратно.'
@@ -557,7 +557,7 @@ def test_archives_in_archives_office_documents_and_damaged_members_are_refused(t
     assert good == [1] and [line for line, _ in bad] == [1, 1] and 'inside an archive' in bad[0][1] and 'Bad CRC-32' in bad[1][1]
     with zipfile.ZipFile(tmp_path/'a.docx', 'w') as archive:
         for name in ('[Content_Types].xml', 'word/document.xml'): archive.writestr(name, '<x/>')
-    assert expand([str(tmp_path/'a.docx')]) == [str(tmp_path/'a.docx')] and members(str(tmp_path/'a.docx')) is None
+    assert expand([str(tmp_path/'a.docx')]) == [str(tmp_path/'a.docx')] and _members(str(tmp_path/'a.docx')) is None
     assert 'an office document' in outcome(rows(str(tmp_path/'a.docx')))[1][0][1]
     locked = bytearray(inner.getvalue())
     for magic, place in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)): locked[locked.index(magic) + place] |= 1
@@ -575,7 +575,7 @@ def test_a_whole_folder_is_read_and_adds_up(tmp_path):
 def test_every_format_has_a_reader_or_a_way_out(tmp_path):
     files = [file[:2] for file in (*GOOD_FILES.values(), *BROKEN.values())]
     files += [('a', form.example) for format in formats.values() for form in format.forms]
-    kinds = {format_of(data.encode() if isinstance(data, str) else data, name) for name, data in files}
+    kinds = {_format_of(data.encode() if isinstance(data, str) else data, name) for name, data in files}
     assert kinds <= {*formats, *refusals} and set(formats) <= kinds
     assert not set(formats) & set(refusals)
 
@@ -589,7 +589,7 @@ def test_every_format_has_a_reader_or_a_way_out(tmp_path):
     (b'PMID- 1', 'a.txt', 'medline'), (b'heat', 'a.md.zst', 'markdown'), (b'heat', 'a.PDF', 'text'),
     (b'\xff\xfe[\0{\0', 'a', 'json'), (b'heat', 'a.parquet', 'text')])
 def test_the_name_decides_only_what_the_content_leaves_open(start, name, wanted):
-    assert format_of(start, name) == wanted
+    assert _format_of(start, name) == wanted
 
 
 def test_the_module_is_light_to_import():

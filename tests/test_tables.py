@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from scilm_adapt import tables
 from scilm_adapt.errors import InputError
-from scilm_adapt.papers import build, count_table, find_fields, read, refused, to_record
+from scilm_adapt.papers import _find_fields, _to_record, build, count_table, read, refused
 from scilm_adapt.reading import Refused, Row
-from scilm_adapt.sources import format_of, formats, forms_table, rows
-from scilm_adapt.tables import papers_in, plain_name, text_of, unfolded, usual_fields, value_at
+from scilm_adapt.sources import _format_of, _forms_table, formats, rows
+from scilm_adapt.tables import _papers_in, plain_name, text_of, unfolded, usual_fields, value_at
 
 HEAT = 'Heat flows from warm bodies to cold ones, and never back by itself.'
 ТЕПЛО = 'Теплота переходит от тёплых тел к холодным и никогда сама собой обратно.'
@@ -37,7 +37,7 @@ def told(path) -> list[tuple[str, str, str]]:
 
 
 def record(row: dict, **given: str) -> dict:
-    return to_record(row, find_fields(row, given))
+    return _to_record(row, _find_fields(row, given))
 
 
 def parts(sections: list[dict]) -> list[tuple[str, str]]:
@@ -184,7 +184,7 @@ def test_prose_with_commas_is_no_table():
     for text in ('Title, abstract and more\nfollow here.', 'We read the title, the abstract, and the text.\n',
                  'On heat\n\nTitle, abstract\n',
                  'Abstract\n\nHeat flows, and cold, too.\n', 'Keywords: heat, text, title\n\nHeat flows.\n'):
-        assert format_of(text.encode(), 'a.txt') == 'text', text
+        assert _format_of(text.encode(), 'a.txt') == 'text', text
 
 
 # --- what fields hold -------------------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_a_broken_record_in_a_page_costs_itself(tmp_path):
 def test_a_single_paper_stays_one_record(tmp_path, more):
     for row in (PAPERS[0] | more, more | PAPERS[0], more | PAPERS[0] | dict(body_text=PASSAGES*2000)):
         for data in (row, json.dumps(row, indent=1)): assert told(write(tmp_path/'a.json', data)) == WANTED[:1]
-        assert papers_in(row) == [row]
+        assert _papers_in(row) == [row]
 
 
 @pytest.mark.parametrize('row', [
@@ -537,11 +537,11 @@ def test_a_table_called_a_spreadsheet_is_read_as_what_it_is(tmp_path):
 
 
 def test_an_open_document_and_an_old_spreadsheet_are_told(tmp_path):
-    assert format_of(b'PK\x03\x04' + b'\0'*26 + b'mimetypeapplication/vnd.oasis.opendocument.spreadsheetPK', 'a') == 'spreadsheet'
-    assert format_of(b'PK\x03\x04' + b'\0'*26 + b'mimetypeapplication/vnd.oasis.opendocument.textPK', 'a.odt') == 'zip'
+    assert _format_of(b'PK\x03\x04' + b'\0'*26 + b'mimetypeapplication/vnd.oasis.opendocument.spreadsheetPK', 'a') == 'spreadsheet'
+    assert _format_of(b'PK\x03\x04' + b'\0'*26 + b'mimetypeapplication/vnd.oasis.opendocument.textPK', 'a.odt') == 'zip'
     old = b'\xd0\xcf\x11\xe0' + b'\0'*100
-    assert format_of(old, 'a.xls') == 'spreadsheet' and format_of(old, 'a.doc') == 'docx'
-    assert format_of(old + 'Workbook'.encode('utf-16-le') + b'\0', 'a') == 'spreadsheet'
+    assert _format_of(old, 'a.xls') == 'spreadsheet' and _format_of(old, 'a.doc') == 'docx'
+    assert _format_of(old + 'Workbook'.encode('utf-16-le') + b'\0', 'a') == 'spreadsheet'
 
 
 SHEETS = {'About': [['These tables were exported on Monday'], ['by', 'nobody']],
@@ -643,10 +643,10 @@ def test_every_form_is_read_from_its_example(tmp_path, kind, form):
     assert bool(form.title) == all(record['title'] for record in found)
     elsewhere = form.sections.startswith(('sections, body_text', 'of its metadata'))  # an example need not have any
     assert elsewhere or bool(form.sections) <= any(record['sections'] for record in found)
-    if kind in tables.formats: assert format_of(form.example if isinstance(form.example, bytes) else form.example.encode()) == kind
+    if kind in tables.formats: assert _format_of(form.example if isinstance(form.example, bytes) else form.example.encode()) == kind
 
 
 def test_every_form_stands_in_the_table():
-    lines = forms_table(formats).splitlines()
+    lines = _forms_table(formats).splitlines()
     assert len(lines) == 2 + len(FORMS) and all(form.name in line for (_, form), line in zip(FORMS, lines[2:]))
     assert all(tables.formats[name].forms for name in tables.formats)

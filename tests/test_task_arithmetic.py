@@ -9,9 +9,9 @@ import torch
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, next_probabilities, respond, stop_ids, to_answer
 from scilm_adapt.models import LanguageModel, build, load, logits_of, save
-from scilm_adapt.task_arithmetic import chat_vector, proxy_nats, proxy_respond
+from scilm_adapt.task_arithmetic import _proxy_nats, _proxy_respond, chat_vector
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
-from scilm_adapt.tokens import CHATML, TURN_END, TURN_START, encode_chat, train_tokenizer
+from scilm_adapt.tokens import _CHATML, TURN_END, TURN_START, encode_chat, train_tokenizer
 from scilm_adapt.training import document_nats
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def with_turns(lm: LanguageModel, rows: int, shuffled: bool = False) -> Language
     "A model whose tokenizer lacks the tokens of turns gets them, and its tables `rows` rows, as instruct models do."
     tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.add_special_tokens(dict(additional_special_tokens=[TURN_END, TURN_START] if shuffled else [TURN_START, TURN_END]))
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = _CHATML
     model = copy.deepcopy(lm.model)
     model.resize_token_embeddings(rows, mean_resizing=False)
     return replace(lm, model=model, tokenizer=tokenizer)
@@ -104,7 +104,7 @@ def test_rows_are_matched_by_token_and_new_ones_copied(rows, tmp_path):
         own, other = science.tokenizer.get_vocab().get(token), base.tokenizer.get_vocab()[token]
         wanted = tables[2][i] if own is None else tables[1][own] + 0.5*(tables[2][i] - tables[3][other])
         torch.testing.assert_close(tables[0][i], wanted, rtol=1e-5, atol=1e-6)
-    assert result.model.get_output_embeddings().weight is tables[0] and result.tokenizer.chat_template == CHATML
+    assert result.model.get_output_embeddings().weight is tables[0] and result.tokenizer.chat_template == _CHATML
     [answer] = respond(result, [chat_prompt(result, [dict(role='user', content='heat?')])], 4)
     opened = load(save(result, tmp_path/'start'), 'cpu')
     assert respond(opened, [chat_prompt(opened, [dict(role='user', content='heat?')])], 4) == [answer]
@@ -180,7 +180,7 @@ def naive(shifted: ShiftedTeacher, prompt: list[int], steps: int, temperature: f
 
 
 def test_greedy_answers_are_those_of_the_naive_sum(shifted):
-    answers = proxy_respond(shifted, prompts_of(shifted), 24)
+    answers = _proxy_respond(shifted, prompts_of(shifted), 24)
     wanted = [naive(shifted, prompt, 24) for prompt in prompts_of(shifted)]
     assert [answer.ids for answer in answers] == wanted
     assert answers == [to_answer(shifted.lm, ids, halt_ids(shifted.lm), stop_ids(shifted.lm)) for ids in wanted]
@@ -190,28 +190,28 @@ def test_greedy_answers_are_those_of_the_naive_sum(shifted):
 @pytest.mark.parametrize('top_p', [1.0, 0.8])
 def test_answers_drawn_by_chance_are_those_of_the_naive_sum(shifted, top_p):
     from scilm_adapt.runs import rng
-    answers = proxy_respond(shifted, prompts_of(shifted), 16, temperature=0.9, top_p=top_p, seed=3)
+    answers = _proxy_respond(shifted, prompts_of(shifted), 16, temperature=0.9, top_p=top_p, seed=3)
     for n, prompt in enumerate(prompts_of(shifted)):
         assert answers[n].ids == naive(shifted, prompt, 16, 0.9, rng('proxy', 3, n).random(16), top_p)
 
 
 def test_neighbours_change_nothing_and_the_seed_everything(shifted):
     for temperature in (0.0, 1.0):
-        runs = [proxy_respond(shifted, prompts_of(shifted), 16, temperature, seed=1, batch_size=size) for size in (1, 3, 16)]
+        runs = [_proxy_respond(shifted, prompts_of(shifted), 16, temperature, seed=1, batch_size=size) for size in (1, 3, 16)]
         assert runs[0] == runs[1] == runs[2]
-    assert runs[0] != proxy_respond(shifted, prompts_of(shifted), 16, 1.0, seed=2)
-    assert proxy_respond(shifted, [], 16) == []
+    assert runs[0] != _proxy_respond(shifted, prompts_of(shifted), 16, 1.0, seed=2)
+    assert _proxy_respond(shifted, [], 16) == []
 
 
 def test_without_shift_it_is_the_large_model(shifted):
     still = replace(shifted, alpha=0.0)
-    assert proxy_respond(still, prompts_of(shifted), 24) == respond(shifted.lm, prompts_of(shifted), 24)
-    assert proxy_respond(LiveTeacher(shifted.lm), prompts_of(shifted), 24) == respond(shifted.lm, prompts_of(shifted), 24)
+    assert _proxy_respond(still, prompts_of(shifted), 24) == respond(shifted.lm, prompts_of(shifted), 24)
+    assert _proxy_respond(LiveTeacher(shifted.lm), prompts_of(shifted), 24) == respond(shifted.lm, prompts_of(shifted), 24)
 
 
 def test_words_drawn_follow_the_shifted_distribution(shifted):
     prompt = prompts_of(shifted)[0]
-    first = [answer.ids[0] for answer in proxy_respond(shifted, [prompt]*1500, 1, temperature=0.2, batch_size=500)]
+    first = [answer.ids[0] for answer in _proxy_respond(shifted, [prompt]*1500, 1, temperature=0.2, batch_size=500)]
     with torch.no_grad(): z = [lm.model(torch.tensor([prompt])).logits[0, -1] for lm in (shifted.lm, shifted.adapted, shifted.base)]
     wanted = ((z[0] + shifted.alpha*(z[1] - z[2]))/0.2).softmax(-1)
     seen = torch.bincount(torch.tensor(first), minlength=len(wanted))/len(first)
@@ -223,7 +223,7 @@ def test_a_shifted_teacher_may_be_shifted_again(shifted):
     assert [round(weight, 3) for _, weight in twice.summands()] == [1.0, 0.7, -0.7, -0.3, 0.3]
     prompt = prompts_of(shifted)[1]
     with torch.no_grad(): z = sum(weight*lm.model(torch.tensor([prompt])).logits[0, -1] for lm, weight in twice.summands())
-    assert proxy_respond(twice, [prompt], 1)[0].ids == [int(z.argmax())]
+    assert _proxy_respond(twice, [prompt], 1)[0].ids == [int(z.argmax())]
 
 
 def test_a_padded_head_is_cut_and_settings_come_back(shifted):
@@ -233,19 +233,19 @@ def test_a_padded_head_is_cut_and_settings_come_back(shifted):
     padded.train()
     padded.generation_config.temperature = 0.3
     wide = replace(shifted, teacher=LiveTeacher(replace(shifted.lm, model=padded)))
-    assert proxy_respond(wide, prompts_of(shifted), 12) == proxy_respond(shifted, prompts_of(shifted), 12)
+    assert _proxy_respond(wide, prompts_of(shifted), 12) == _proxy_respond(shifted, prompts_of(shifted), 12)
     assert padded.training and padded.generation_config.temperature == 0.3
 
 
 def test_what_cannot_be_answered_is_said(shifted):
-    with pytest.raises(InputError, match='exceed the 256'): proxy_respond(shifted, prompts_of(shifted), 250)
-    with pytest.raises(InputError, match='alpha changes'): proxy_respond(replace(shifted, alpha=lambda step: 0.5), prompts_of(shifted), 4)
-    with pytest.raises(InputError, match='alpha is inf'): proxy_respond(replace(shifted, alpha=float('inf')), prompts_of(shifted), 4)
-    with pytest.raises(InputError, match='temperature is -1'): proxy_respond(shifted, prompts_of(shifted), 4, temperature=-1)
+    with pytest.raises(InputError, match='exceed the 256'): _proxy_respond(shifted, prompts_of(shifted), 250)
+    with pytest.raises(InputError, match='alpha changes'): _proxy_respond(replace(shifted, alpha=lambda step: 0.5), prompts_of(shifted), 4)
+    with pytest.raises(InputError, match='alpha is inf'): _proxy_respond(replace(shifted, alpha=float('inf')), prompts_of(shifted), 4)
+    with pytest.raises(InputError, match='temperature is -1'): _proxy_respond(shifted, prompts_of(shifted), 4, temperature=-1)
     broken = copy.deepcopy(shifted.adapted.model)
     with torch.no_grad(): next(broken.parameters())[:] = float('nan')
     with pytest.raises(FloatingPointError, match="'science'"):
-        proxy_respond(replace(shifted, adapted=replace(shifted.adapted, model=broken)), prompts_of(shifted), 4)
+        _proxy_respond(replace(shifted, adapted=replace(shifted.adapted, model=broken)), prompts_of(shifted), 4)
 
 
 @torch.no_grad()
@@ -258,6 +258,6 @@ def test_nats_are_those_of_the_naive_sum(shifted):
         z = [logits_of(lm.model, state).double() for lm, state in zip((shifted.lm, shifted.adapted, shifted.base), states)]
         logprobs = (z[0] + shifted.alpha*(z[1] - z[2])).log_softmax(-1)
         wanted.append(-sum(float(logprobs[n - 1, i]) for n, i in enumerate(document) if n and mask[n]))
-    np.testing.assert_allclose(proxy_nats(shifted, ids, masks), wanted, rtol=1e-5)
-    np.testing.assert_allclose(proxy_nats(LiveTeacher(shifted.lm), ids, masks), document_nats(shifted.lm, ids, masks), rtol=1e-5)
-    np.testing.assert_allclose(proxy_nats(shifted.teacher, ids, context=20), document_nats(shifted.lm, ids, context=20), rtol=1e-5)
+    np.testing.assert_allclose(_proxy_nats(shifted, ids, masks), wanted, rtol=1e-5)
+    np.testing.assert_allclose(_proxy_nats(LiveTeacher(shifted.lm), ids, masks), document_nats(shifted.lm, ids, masks), rtol=1e-5)
+    np.testing.assert_allclose(_proxy_nats(shifted.teacher, ids, context=20), document_nats(shifted.lm, ids, context=20), rtol=1e-5)

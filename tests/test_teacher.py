@@ -26,12 +26,12 @@ from scilm_adapt.teacher import (
     CachedTeacher,
     LiveTeacher,
     ShiftedTeacher,
+    _shards_of,
     addresses,
     build_cache,
     data_hash,
     open_cache,
     record,
-    shards_of,
     systematic_sample,
 )
 from scilm_adapt.tokens import pack, train_tokenizer
@@ -263,7 +263,7 @@ def test_every_learnt_token_has_one_address_also_where_documents_are_cut(length,
     assert sorted(found.tolist()) == list(range(int(batch['count'])))
     targets = [i for ids, m in zip(IDS, masks or [[1]*len(ids) for ids in IDS]) for i, learnt in zip(ids[1:], m[1:]) if learnt]
     assert torch.equal(batch['input_ids'][:, 1:][mask], torch.tensor(targets)[found])
-    parts = shards_of(packed, 5)
+    parts = _shards_of(packed, 5)
     assert sum(int(part.batch(list(range(len(part))))['count']) for part in parts) == len(targets) and len(parts) > 4
 
 

@@ -14,13 +14,13 @@ from scilm_adapt.alignment import answer_places
 from scilm_adapt.endpoint import Endpoint, ask, send
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
-from scilm_adapt.instruct import ask_teacher, next_turns, user_ids, write_answers, write_magpie, write_reading
+from scilm_adapt.instruct import _next_turns, _user_ids, _write_answers, _write_magpie, _write_reading, ask_teacher
 from scilm_adapt.models import LanguageModel, build, load, save
 from scilm_adapt.preflight import preflight
-from scilm_adapt.remote import lay, lexicon, remote_targets
+from scilm_adapt.remote import _lexicon, _remote_targets, lay
 from scilm_adapt.tokens import (
-    CHATML,
-    DAY,
+    _CHATML,
+    _DAY,
     control_tokens,
     encode,
     encode_chat,
@@ -67,7 +67,7 @@ DATED = ("{% if not date_string is defined %}{% if strftime_now is defined %}{% 
          "{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endif %}{% endfor %}" +
          PLAIN_PROMPT)
 TEMPLATES = dict(
-    chatml=CHATML,
+    chatml=_CHATML,
     hybrid=thinking('', EMPTY, SWITCH),                                   # thoughts before the last answer, and in the prompt by option
     silent=thinking('', '', EMPTY),                                       # an empty thought in the prompt only
     opened=thinking('', '', "{{ '<think>\n' }}"),                         # the prompt opens thoughts that a conversation does not have
@@ -79,8 +79,8 @@ TEMPLATES = dict(
     dated=DATED, twice="{{ bos_token + bos_token }}" + DATED,
     unopened=LOOP + TURN + '{% endfor %}',                                # no prompt at all
     blank=LOOP + "{{ '[INST] ' + m.content + ' [/INST]' if m.role != 'assistant' else ' ' + m.content + eos_token }}{% endfor %}",
-    alternating=ALTERNATES + CHATML, roles=ROLES + CHATML,
-    default="{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + CHATML,
+    alternating=ALTERNATES + _CHATML, roles=ROLES + _CHATML,
+    default="{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + _CHATML,
     trimmed=LOOP + TURN.replace('m.content', '(m.content | trim)') + '{% endfor %}' + PLAIN_PROMPT,
     kimi="{% macro turn(m) %}" + TURN + "{% endmacro %}" + LOOP + "{{ turn(m) }}{% endfor %}{% if add_generation_prompt %}"
          "{{ '<|im_start|>assistant\n◁think▷' }}{% endif %}")
@@ -200,7 +200,7 @@ def test_a_template_is_the_same_on_every_day(name, monkeypatch):
     def raw(): return tokenizer.apply_chat_template(messages, tokenize=False)
     today, known, key = raw(), encode_chat(tokenizer, messages), tokenizer_hash(tokenizer)
     text = tokenizer.decode(known[0])
-    assert ('01 Jan 2025' in text or '2025-01-01' in text) and DAY == '2025-01-01'
+    assert ('01 Jan 2025' in text or '2025-01-01' in text) and _DAY == '2025-01-01'
     monkeypatch.setattr(chat_template_utils, 'datetime', Tomorrow)
     assert raw() != today and encode_chat(tokenizer, messages) == known and tokenizer_hash(tokenizer) == key
 
@@ -208,10 +208,10 @@ def test_a_template_is_the_same_on_every_day(name, monkeypatch):
 def test_next_turns_yesterday_are_not_asked_again(tmp_path, monkeypatch):
     lm = build(TOKENIZERS['dated'], hidden=32, layers=1, context=256)
     chats = [turns(f'What is {word}?') for word in ('heat', 'light')]
-    found, _ = next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
+    found, _ = _next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
     monkeypatch.setattr(chat_template_utils, 'datetime', Tomorrow)
     monkeypatch.setattr(instruct, 'respond', lambda *_, **__: pytest.fail('asked again'))
-    again, usage = next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
+    again, usage = _next_turns(lm, chats, 4, file=tmp_path/'answers.jsonl')
     assert [one.text for one in again] == [one.text for one in found] and usage.kept == 2
 
 
@@ -264,7 +264,7 @@ def test_the_day_can_be_chosen(day, expected):
 def test_every_part_of_a_date_is_told_as_python_tells_it():
     tokenizer, when = copy.deepcopy(TOKENIZERS['chatml']), clock.datetime(2024, 2, 5)
     directives = '%a %A %d %-d %e %b %B %m %-m %y %Y %H %I %p %M %S %f %j %F %D %T %u %R %%'
-    tokenizer.chat_template = "{{ '<|im_start|>' + strftime_now('" + directives + "') }}" + CHATML
+    tokenizer.chat_template = "{{ '<|im_start|>' + strftime_now('" + directives + "') }}" + _CHATML
     set_options([tokenizer], 'strftime_now=2024-02-05')
     assert when.strftime(directives) in told(tokenizer)
 
@@ -286,7 +286,7 @@ def test_an_option_that_no_template_reads_is_refused_with_those_they_read():
     ('', 'has no chat template'), (' \n', 'has no chat template'), ('{# nothing #}', 'leaves out what the user says'),
     ('You help.', 'leaves out what the user says'), (LOOP + "{% if m.role == 'user' %}" + TURN + '{% endif %}{% endfor %}',
                                                      'leaves out what the assistant says'),
-    (dict(rag=CHATML, tool_use=CHATML), 'several chat templates and no default .rag, tool_use.; choose one with .* chat_template=rag')])
+    (dict(rag=_CHATML, tool_use=_CHATML), 'several chat templates and no default .rag, tool_use.; choose one with .* chat_template=rag')])
 def test_a_template_that_cannot_be_used_is_one_sentence(template, sentence):
     tokenizer = tokenizer_of(template)
     tokenizer.name_or_path = 'acme/model'
@@ -295,12 +295,12 @@ def test_a_template_that_cannot_be_used_is_one_sentence(template, sentence):
 
 
 def test_one_of_several_templates_is_the_default_or_is_chosen():
-    several = tokenizer_of(dict(default=TEMPLATES['silent'], rag=CHATML))
+    several = tokenizer_of(dict(default=TEMPLATES['silent'], rag=_CHATML))
     assert told(several) == told(TOKENIZERS['silent'])
-    several = tokenizer_of(dict(plain=CHATML, rag=TEMPLATES['silent']))
+    several = tokenizer_of(dict(plain=_CHATML, rag=TEMPLATES['silent']))
     set_options([several], 'chat_template=plain')
     assert told(several) == told(TOKENIZERS['chatml'])
-    with pytest.raises(InputError, match='ask for chat_template'): set_options([tokenizer_of(dict(a=CHATML, b='x'))], 'chat_template=c')
+    with pytest.raises(InputError, match='ask for chat_template'): set_options([tokenizer_of(dict(a=_CHATML, b='x'))], 'chat_template=c')
 
 
 @pytest.mark.parametrize('name', ['listed', 'parts'])
@@ -426,21 +426,21 @@ def paper(number: int) -> dict:
     return dict(id=f'p{number}', title=f'Heat in body {number}', text=text, lang='en')
 
 
-@pytest.mark.parametrize('write', [write_reading, write_magpie, write_answers])
+@pytest.mark.parametrize('write', [_write_reading, _write_magpie, _write_answers])
 @pytest.mark.parametrize('said', ['<think>\nWhat could be asked here?\nIs heat motion?',
                                   '<think>\nWhat is asked?\n</think>\n\nWhat is heat in bodies?<|im_end|>'])
 def test_a_question_is_never_a_thought(thinker, write, said):
     chats, _ = write(saying(thinker, said), [paper(1)])
     [chat] = chats
     whole = '<|im_end|>' in said
-    assert chat['question'] == ('What is heat in bodies?' if whole and write is not write_answers else '')
+    assert chat['question'] == ('What is heat in bodies?' if whole and write is not _write_answers else '')
     assert 'could be asked' not in json.dumps(chat['messages']) and 'Is heat motion?' not in json.dumps(chat['messages'])
-    if not whole and write is write_answers: assert instruct.refusal_of(chat, paper(1))[0] == 'thoughts'
+    if not whole and write is _write_answers: assert instruct._refusal_of(chat, paper(1))[0] == 'thoughts'
     elif not whole: assert 'it thought aloud, and came to none' in chat['problem']
 
 
 def test_the_users_turn_is_not_opened_with_thoughts(thinker):
-    assert thinker.tokenizer.decode(user_ids(thinker, turns('q', 'a'))).endswith('<|im_start|>user\n')
+    assert thinker.tokenizer.decode(_user_ids(thinker, turns('q', 'a'))).endswith('<|im_start|>user\n')
     lm = model_of('spoken')  # its system prompt speaks of thoughts, which must not end an answer
     assert not {lm.tokenizer.convert_tokens_to_ids(mark) for mark in ('<think>', '</think>')} & set(halt_ids(lm))
 
@@ -479,9 +479,9 @@ def test_a_server_tells_thoughts_in_many_ways(message, thoughts, text, tmp_path)
 def test_options_and_room_for_thoughts_are_sent():
     with Server(dict(content=ANSWER)) as server:
         endpoint = Endpoint(server.endpoint.url, 'm', retries=0, options='enable_thinking=false effort=low', thoughts=100)
-        next_turns(endpoint, [turns('q')], 16)
-        next_turns(server.endpoint, [turns('q')], 16, thoughts=50)
-        next_turns(server.endpoint, [turns('q')], 16)
+        _next_turns(endpoint, [turns('q')], 16)
+        _next_turns(server.endpoint, [turns('q')], 16, thoughts=50)
+        _next_turns(server.endpoint, [turns('q')], 16)
     assert [request['max_tokens'] for request in server.asked] == [116, 66, 16]
     kwargs = [request.get('chat_template_kwargs') for request in server.asked]
     assert kwargs == [dict(enable_thinking=False, effort='low'), None, None]
@@ -492,7 +492,7 @@ def test_options_and_room_for_thoughts_are_sent():
     (dict(content=None, reasoning_content='Is heat motion?'), 'length', 'no question'),
     (dict(content='<think>\nIs it?\n</think>\nWhat is heat in a body?'), 'stop', '')])
 def test_a_far_teacher_writes_no_thought_as_a_question(message, finish, verdict, tmp_path, capsys):
-    with Server(message, finish) as server: [chat], _ = write_reading(server.endpoint, [paper(1)])
+    with Server(message, finish) as server: [chat], _ = _write_reading(server.endpoint, [paper(1)])
     assert verdict in chat['problem'] and bool(chat['problem']) == bool(verdict) and 'thinks aloud in 1 of 1' in capsys.readouterr().out
     assert chat['question'] == ('' if verdict else 'What is heat in a body?')
 
@@ -502,7 +502,7 @@ def test_a_set_counts_the_thoughts_that_came_to_no_answer(tmp_path, capsys):
     with Server(dict(content='<think>\nWhat is wanted here?'), 'length') as server:
         report = instruct.build(splits, tmp_path/'set', server.endpoint, kinds='answer title', written=3)
     assert report['filters']['thoughts']['count'] == 3 and report['filters']['truncated']['count'] == 0
-    assert {sample['reason'] for sample in report['filters']['thoughts']['samples']} == {instruct.is_thought(dict(lost=True), {})}
+    assert {sample['reason'] for sample in report['filters']['thoughts']['samples']} == {instruct._is_thought(dict(lost=True), {})}
     assert 'thoughts 3' in capsys.readouterr().out
 
 
@@ -513,9 +513,9 @@ def test_targets_are_those_of_the_answer_behind_the_thoughts(tmp_path):
     told = [word | dict(top_logprobs=[word]) for word in told]
     chats = [dict(messages=turns('What is heat?', 'x'), paper_id='p', kind='title', author='paper')]
     with Server(dict(content=''.join(words)), logprobs=dict(content=told)) as server:
-        found = remote_targets(tmp_path, server.endpoint, tokenizer, chats, k=1, context=128)
+        found = _remote_targets(tmp_path, server.endpoint, tokenizer, chats, k=1, context=128)
         rows, _ = send(server.endpoint, [dict(messages=turns('q'), max_tokens=4, temperature=0, logprobs=True, top_logprobs=1)])
     assert found.chats[0]['messages'][-1]['content'] == ANSWER
     learnt = found.packed.input_ids[found.packed.loss_mask].tolist()
     assert learnt[:-1] == encode(tokenizer, ANSWER) and rows[0]['text'].startswith('Hm.')
-    assert lay(ANSWER, [], True, lexicon(tokenizer), True) is None
+    assert lay(ANSWER, [], True, _lexicon(tokenizer), True) is None

@@ -17,9 +17,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from scilm_adapt.errors import InputError
 from scilm_adapt.runs import Run
 from scilm_adapt.tokens import (
-    CHATML,
+    _CHATML,
+    _batches,
+    _laid_out,
+    _spell,
     batch_rows,
-    batches,
     best_fit,
     control_tokens,
     document_ends,
@@ -29,12 +31,10 @@ from scilm_adapt.tokens import (
     encode_documents,
     encode_many,
     end_of_turn,
-    laid_out,
     pack,
     pad,
     read_tokens,
     reading_of,
-    spell,
     store_tokens,
     train_tokenizer,
     write_tokens,
@@ -208,8 +208,8 @@ def test_harmless_texts_are_tokenised_as_the_library_does(name):
 
 def test_texts_go_to_the_tokenizer_in_handfuls():
     texts = ['abc', 'd', '', 'efghij', 'k']
-    assert list(batches(texts, 4)) == [['abc', 'd'], ['', 'efghij'], ['k']] and list(batches([], 4)) == []
-    assert [text for batch in batches(iter(texts), 1) for text in batch] == texts
+    assert list(_batches(texts, 4)) == [['abc', 'd'], ['', 'efghij'], ['k']] and list(_batches([], 4)) == []
+    assert [text for batch in _batches(iter(texts), 1) for text in batch] == texts
 
 
 def test_a_token_added_later_is_a_control_token_at_once():
@@ -239,9 +239,9 @@ def test_a_piece_is_halved_only_where_it_spells_a_control_token():
     vocabulary = {'<s>': 0, 'a': 1, '<': 2, 's': 3, '>': 4, 'b<s>': 5}
     asked = []
     def tokenize(piece): asked.append(piece); return [vocabulary[piece]] if piece in vocabulary else [vocabulary.get(c, 0) for c in piece]
-    assert spell(tokenize, '<s>', {'<s>': 0}) == [2, 3, 4] and spell(tokenize, 'b<s>', {'<s>': 0}) == [5]
+    assert _spell(tokenize, '<s>', {'<s>': 0}) == [2, 3, 4] and _spell(tokenize, 'b<s>', {'<s>': 0}) == [5]
     asked.clear()
-    assert spell(tokenize, 'a?s', {'<s>': 0}) == [1, 3] and asked == ['a?s']  # what is only unknown is left out
+    assert _spell(tokenize, 'a?s', {'<s>': 0}) == [1, 3] and asked == ['a?s']  # what is only unknown is left out
 
 
 @pytest.mark.parametrize('text', [
@@ -298,12 +298,12 @@ def test_a_document_has_a_start_and_an_end():
 
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim "
           "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help in science.<|im_end|>\n' }}{% endif %}" + CHATML
+SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help in science.<|im_end|>\n' }}{% endif %}" + _CHATML
 ZEPHYR = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 BLANK_FIRST = ("{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else "
                "' ' + m['content'] + ' ' + eos_token }}{% endfor %}")
-TEMPLATES = dict(chatml=(CHATML, '<|im_end|>'), llama3=(LLAMA3, '<|eot_id|>'), system=(SYSTEM, '<|im_end|>'),
+TEMPLATES = dict(chatml=(_CHATML, '<|im_end|>'), llama3=(LLAMA3, '<|eot_id|>'), system=(SYSTEM, '<|im_end|>'),
                  zephyr=(ZEPHYR, '<|endoftext|>'), mistral=(BLANK_FIRST, '<|endoftext|>'))
 
 
@@ -505,7 +505,7 @@ def test_rows_are_those_of_the_plain_algorithm(lengths, length, chance, masked):
     if not len(wanted['input_ids']):
         with pytest.raises(InputError, match='nothing to learn'): pack(documents, length, masks)
         return
-    for given_documents in (documents, laid_out(documents)):
+    for given_documents in (documents, _laid_out(documents)):
         packed = pack(given_documents, length, masks)
         rows = [chance.randrange(len(packed)) for _ in range(5)]
         batch, part = packed.batch(rows), packed.arrays(rows)

@@ -30,15 +30,15 @@ from scilm_adapt.recipe import lora
 from scilm_adapt.tokens import batch_rows, encode_document, pack
 from scilm_adapt.training import (
     Trackers,
+    _bad_numbers,
+    _set_seed,
     adamw,
-    bad_numbers,
     document_nats,
     fit,
     lm_loss,
     micro_batches,
     muon,
     schedule,
-    set_seed,
     trackers_of,
 )
 
@@ -215,7 +215,7 @@ def test_another_seed_draws_another_dropout():
 
 def test_dropout_of_a_step_does_not_depend_on_the_steps_before():
     def drawn(seed, step):
-        set_seed(seed, step)
+        _set_seed(seed, step)
         return torch.rand(3).tolist()
     wanted = drawn(0, 731)
     drawn(0, 730); torch.rand(100)
@@ -322,15 +322,15 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit(capsys):
 def test_only_what_is_far_above_the_usual_is_bad():
     def rows(losses, norm=1.0): return [dict(loss=loss, grad_norm=norm) for loss in losses]
     falling = rows(np.geomspace(11, 2, 60))
-    assert not any(bad_numbers(row['loss'], 1.0, falling[:n], False) for n, row in enumerate(falling))
+    assert not any(_bad_numbers(row['loss'], 1.0, falling[:n], False) for n, row in enumerate(falling))
     calm = rows([1.9, 2.0, 2.1]*20)
-    assert bad_numbers(7.1, 1.0, calm, False) and not bad_numbers(6.9, 1.0, calm, False)
-    assert not bad_numbers(50.0, 1e9, falling[:19], False)                # nothing is usual yet
-    assert not bad_numbers(0.9, 30.0, rows([1e-3]*50, 1e-4), False)       # learnt by heart, then a sentence that is new
-    assert bad_numbers(2.0, 1e4, falling, False) and not bad_numbers(2.0, math.inf, falling, True)
-    assert bad_numbers(2.0, math.inf, falling, False) and bad_numbers(math.nan, 1.0, falling, True)
+    assert _bad_numbers(7.1, 1.0, calm, False) and not _bad_numbers(6.9, 1.0, calm, False)
+    assert not _bad_numbers(50.0, 1e9, falling[:19], False)                # nothing is usual yet
+    assert not _bad_numbers(0.9, 30.0, rows([1e-3]*50, 1e-4), False)       # learnt by heart, then a sentence that is new
+    assert _bad_numbers(2.0, 1e4, falling, False) and not _bad_numbers(2.0, math.inf, falling, True)
+    assert _bad_numbers(2.0, math.inf, falling, False) and _bad_numbers(math.nan, 1.0, falling, True)
     skipped = [row | dict(skipped=1, loss=99.0) for row in calm]
-    assert bad_numbers(9.0, 1.0, calm + skipped[:30], False)              # what was skipped is not usual
+    assert _bad_numbers(9.0, 1.0, calm + skipped[:30], False)              # what was skipped is not usual
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------------
