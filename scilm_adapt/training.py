@@ -175,7 +175,7 @@ def _gradients(accelerator: Accelerator, module: nn.Module, batch: dict, so_far:
 
 # %% ../nbs/17_training.ipynb #407ddf4f
 _USUAL, _FEWEST = 50, 20            # steps whose median is the usual; fewer than so many say nothing yet
-_HIGH, _NATS, _STEEP = 3.0, 1.0, 1e3  # a loss above 3 times the usual and a nat, and a gradient of 1,000 times its usual norm (or 1) are bad
+_HIGH, _NATS, _STEEP = 3.0, 1.0, 1e3  # loss above 3 times the usual and a nat, and a gradient of 1,000 times its usual norm (or 1) are bad
 
 
 def _bad_numbers(loss: float, norm: float, history: list[dict], scaled: bool) -> str:

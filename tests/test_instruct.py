@@ -261,7 +261,8 @@ def test_what_is_written_is_a_conversation_or_says_why_not(write, random_teacher
         assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
         for chat in chats:
             number = int(chat['paper_id'].removeprefix('paper-'))
-            assert (chat['author'], chat['kind'], chat['lang']) == ('teacher', write.__name__.removeprefix('_write_'), 'en' if number % 2 else 'ru')
+            kind = write.__name__.removeprefix('_write_')
+            assert (chat['author'], chat['kind'], chat['lang']) == ('teacher', kind, 'en' if number % 2 else 'ru')
             if chat['problem']: continue
             asked, said = (message['content'] for message in chat['messages'])
             assert chat['question'].split() and asked.endswith(chat['question']) and said
