@@ -60,9 +60,9 @@ def on_signals(handler: Callable | signal.Handlers) -> Iterator[None]:
 @contextmanager
 def stop_gently() -> Iterator[list[int]]:
     "Yields a list that the number of the first signal joins; at a second one, Stopped is raised wherever the block is."
-    wished = []
+    stop_requested = []
     def note(number: int, frame: object) -> None:
-        wished.append(number)
-        if len(wished) > 1: raise Stopped(number)
+        stop_requested.append(number)
+        if len(stop_requested) > 1: raise Stopped(number)
         os.write(2, b'\n  stopping after this step; a second time stops at once\n')  # print may be what was interrupted
-    with on_signals(note): yield wished
+    with on_signals(note): yield stop_requested

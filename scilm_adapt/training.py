@@ -155,21 +155,21 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
-def _gradients(accelerator: Accelerator, module: nn.Module, batch: dict, so_far: _Progress, prepare: Callable[[], None], least_rows: int,
+def _gradients(accelerator: Accelerator, module: nn.Module, batch: dict, progress: _Progress, prepare: Callable[[], None], least_rows: int,
               description: str) -> dict[str, float]:
     "`_add_gradients` after `prepare()`, with half as many rows at once, down to `least_rows`, when there is too little memory."
     ranks = accelerator.num_processes
     while True:
         prepare()
-        try: return _add_gradients(accelerator, module, batch, so_far.micro_batch)
+        try: return _add_gradients(accelerator, module, batch, progress.micro_batch)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error): raise
-        rows = min(so_far.micro_batch or len(batch['input_ids']), math.ceil(len(batch['input_ids'])/ranks))
+        rows = min(progress.micro_batch or len(batch['input_ids']), math.ceil(len(batch['input_ids'])/ranks))
         half, where = max(least_rows, math.ceil(rows/2)), f'{description}: the memory does not suffice for {rows} rows at once'
         if half >= rows: raise InputError(f'{where}, and fewer are not possible; set a shorter context, or choose a smaller model.')
         if ranks > 1: raise InputError(f'{where} in process {accelerator.process_index} of {ranks}; set micro_batch to {half}.')
         print(f'  {where}: {half} from now on, the batch stays {len(batch["input_ids"])}', flush=True)
-        so_far.micro_batch = half
+        progress.micro_batch = half
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
@@ -192,17 +192,17 @@ def _bad_numbers(loss: float, norm: float, history: list[dict], scaled: bool) ->
     return ''
 
 
-def _stop_or_skip(wrong: str, step: int, so_far: _Progress, skip_bad: int, records_at: Callable[[int], list[str]] | None,
+def _stop_or_skip(wrong: str, step: int, progress: _Progress, skip_bad: int, records_at: Callable[[int], list[str]] | None,
                  description: str) -> None:
     "FloatingPointError that names the step and its records, unless this may be skipped as one of at most `skip_bad` steps of the training."
     records = list(records_at(step)) if records_at else []
     named = ', '.join(map(str, records[:20])) + (f' and {len(records) - 20} more' if len(records) > 20 else '')
     batch = f'its records: {named}' if records else 'that batch'
-    if so_far.skipped >= skip_bad:
+    if progress.skipped >= skip_bad:
         raise FloatingPointError(f'{description}: step {step} gave {wrong}; the weights of step {step - 1} are kept. '
                                  f'Lower learning_rate or look at {batch}.')
-    so_far.skipped += 1
-    print(f'  {description}: step {step} gave {wrong}; skipped ({so_far.skipped} of at most {skip_bad}): {batch}', flush=True)
+    progress.skipped += 1
+    print(f'  {description}: step {step} gave {wrong}; skipped ({progress.skipped} of at most {skip_bad}): {batch}', flush=True)
 
 # %% ../nbs/17_training.ipynb #6f75fa1d
 @dataclass(frozen=True)
@@ -234,29 +234,29 @@ def trackers_of(names: str) -> list[str]:
     return chosen
 
 # %% ../nbs/17_training.ipynb #cfd37138
-def _parts_of(accelerator: Accelerator, model: nn.Module, optimizers: list, so_far: _Progress, settings: dict,
+def _parts_of(accelerator: Accelerator, model: nn.Module, optimizers: list, progress: _Progress, settings: dict,
              state: dict[str, object] | None) -> dict[str, object]:
     "What goes into a checkpoint of a training, by name; the settings come first, so that nothing is loaded when they differ."
     scaler = dict(scaler=accelerator.scaler) if accelerator.scaler is not None else {}
     moments = {f'optimizer {n}': OptimizerState(optimizer) for n, optimizer in enumerate(optimizers)}
-    parts = dict(settings=SettingsState(settings), weights=Weights(model), **moments, **scaler, chance=RngState(), progress=so_far)
+    parts = dict(settings=SettingsState(settings), weights=Weights(model), **moments, **scaler, chance=RngState(), progress=progress)
     return parts | (state or {})
 
 
-def _step_of(accelerator: Accelerator, module: nn.Module, optimizers: list, batch: dict, so_far: _Progress, limit: Callable[[], float],
+def _step_of(accelerator: Accelerator, module: nn.Module, optimizers: list, batch: dict, progress: _Progress, limit: Callable[[], float],
             seed: int, skip: Callable[[str, int], None], least_rows: int, description: str) -> dict:
     """One step of a training; returns its row of history. `limit()` clips the gradient and gives the norm that it had.
 
     What is wrong with the numbers, if anything is, goes to `skip`, and if that does not raise, the weights stay as they are.
     """
-    step, scaler = len(so_far.history), accelerator.scaler
+    step, scaler = len(progress.history), accelerator.scaler
     def prepare() -> None:
         _set_seed(seed, step)
         for optimizer in optimizers: optimizer.zero_grad()
-    values = _gradients(accelerator, module, batch, so_far, prepare, least_rows, description)
+    values = _gradients(accelerator, module, batch, progress, prepare, least_rows, description)
     norm = limit()
     row = dict(step=step, **values, learning_rate=optimizers[0].param_groups[0]['lr'], grad_norm=norm)
-    if wrong := _bad_numbers(values['loss'], norm, so_far.history, scaler is not None):
+    if wrong := _bad_numbers(values['loss'], norm, progress.history, scaler is not None):
         skip(wrong, step)
         row['skipped'] = 1
         if scaler is not None: scaler.update()  # it has seen these gradients
@@ -289,33 +289,33 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
     load_state_dict()} is kept in them, too. FloatingPointError, naming the step and `records_at(step)`, for bad numbers, unless at most
     `skip_bad` steps have them. Stopped, with a checkpoint of the last step, for a signal. `trackers` are told every step's history.
     """
-    accelerator, so_far = _accelerator_for(next(model.parameters()).device, precision, trackers), _Progress(micro_batch)
+    accelerator, progress = _accelerator_for(next(model.parameters()).device, precision, trackers), _Progress(micro_batch)
     module, *chosen = accelerator.prepare(_LossModule(model, loss), *optimizers(model, learning_rate))
     settings = dict(steps=steps, learning_rate=learning_rate, seed=seed, clip=clip, precision=accelerator.mixed_precision)
-    parts = _parts_of(accelerator, model, chosen, so_far, settings, state)
+    parts = _parts_of(accelerator, model, chosen, progress, settings, state)
     if checkpoints: checkpoints.load(parts)
     def limit() -> float: return float(accelerator.clip_grad_norm_(model.parameters(), clip))
-    def skip(wrong: str, step: int) -> None: _stop_or_skip(wrong, step, so_far, skip_bad, records_at, description)
-    told, bar = trackers.open(accelerator, description, settings, len(so_far.history)), progress_bar(steps, description, unit='step')
-    with closing(bar), _in_training(model, gradient_checkpointing), told, stop_gently() as wished:
-        bar.update(len(so_far.history))
-        for step in range(len(so_far.history), steps):
+    def skip(wrong: str, step: int) -> None: _stop_or_skip(wrong, step, progress, skip_bad, records_at, description)
+    tracked, bar = trackers.open(accelerator, description, settings, len(progress.history)), progress_bar(steps, description, unit='step')
+    with closing(bar), _in_training(model, gradient_checkpointing), tracked, stop_gently() as stop_requested:
+        bar.update(len(progress.history))
+        for step in range(len(progress.history), steps):
             start = time.perf_counter()
             _set_seed(seed, step)
             for optimizer in chosen:
                 for group in optimizer.param_groups: group['lr'] = learning_rate*schedule(step, steps)
-            row = _step_of(accelerator, module, chosen, batch := batch_at(step), so_far, limit, seed, skip, least_rows, description)
-            so_far.tokens, so_far.seconds = so_far.tokens + int(batch['count']), so_far.seconds + time.perf_counter() - start
-            so_far.history.append(row | dict(tokens_per_second=so_far.tokens/so_far.seconds))
-            if on_step_end: so_far.history[-1] |= on_step_end(step, model) or {}
-            accelerator.log(so_far.history[-1], step=step)
+            row = _step_of(accelerator, module, chosen, batch := batch_at(step), progress, limit, seed, skip, least_rows, description)
+            progress.tokens, progress.seconds = progress.tokens + int(batch['count']), progress.seconds + time.perf_counter() - start
+            progress.history.append(row | dict(tokens_per_second=progress.tokens/progress.seconds))
+            if on_step_end: progress.history[-1] |= on_step_end(step, model) or {}
+            accelerator.log(progress.history[-1], step=step)
             model.train()
             bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", **{'tokens/s': f'{so_far.tokens/so_far.seconds:,.0f}'}, refresh=False)
-            stopped = int(from_all(wished[0] if wished else 0))
+            bar.set_postfix(loss=f"{row['loss']:.3f}", **{'tokens/s': f'{progress.tokens/progress.seconds:,.0f}'}, refresh=False)
+            stopped = int(from_all(stop_requested[0] if stop_requested else 0))
             if checkpoints and (checkpoints.due(step + 1) or stopped): checkpoints.save(step + 1, parts)
             if stopped: raise Stopped(stopped)
-    return so_far.history
+    return progress.history
 
 
 def keep_history(folder: Path, history: list[dict]) -> None:

@@ -100,13 +100,13 @@ def pipeline(world: World, folder: Path) -> None:
     run, student, teacher = Run(folder/'main'), world.student, world.teacher
     corpus = prepare(run, world.papers, world.tales)
     steps = dict(steps=STEPS, batch_size=4, context=128, learning_rate=1e-3)
-    scientist = contrast.train(run, student, corpus, pairs_weight=0.1, **steps)
+    contrasted = contrast.train(run, student, corpus, pairs_weight=0.1, **steps)
     chats = instruct.prepare(run, corpus, teacher, conversations=24, teacher_answers=2, held_out=4, context=128)
     policy = OnPolicy(share=0.5, max_new_tokens=6, replay=4)
-    helper = distill.train(run, scientist, teacher, chats, corpus, on_policy=policy, warm_up=1, probe_every=3,
+    distilled = distill.train(run, contrasted, teacher, chats, corpus, on_policy=policy, warm_up=1, probe_every=3,
                            divergence='forward_kl', **steps)
-    cached = distill.train(Run(folder/'cached'), scientist, teacher, chats, corpus, cache=4, probe_every=0, **steps)
-    evaluate.compare(run, dict(contrast=scientist, distilled=helper, cached=cached), corpus, chats, documents=4, answers=4,
+    cached = distill.train(Run(folder/'cached'), contrasted, teacher, chats, corpus, cache=4, probe_every=0, **steps)
+    evaluate.compare(run, dict(contrast=contrasted, distilled=distilled, cached=cached), corpus, chats, documents=4, answers=4,
                      max_new_tokens=4, context=128)
 
 

@@ -511,10 +511,10 @@ def test_a_teacher_with_other_tokens_goes_all_the_way(teacher, data, tmp_path, c
 
 
 def test_a_collapse_stops_the_run_and_keeps_the_last_good_weights(student, teacher, data, tmp_path):
-    helper = train(Run(tmp_path/'good'), student, teacher, **data, **SETTINGS | dict(steps=20, probe_every=0))
+    good = train(Run(tmp_path/'good'), student, teacher, **data, **SETTINGS | dict(steps=20, probe_every=0))
     run = Run(tmp_path/'run')
     with pytest.raises(Collapse, match='step .*Lower the learning rate'):
-        train(run, helper, teacher, **data, **SETTINGS | dict(steps=40, probe_every=2, learning_rate=5.0, retention_weight=0.0))
+        train(run, good, teacher, **data, **SETTINGS | dict(steps=40, probe_every=2, learning_rate=5.0, retention_weight=0.0))
     assert not (run.folder/'models'/'distilled').exists()
 
 

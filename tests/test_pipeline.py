@@ -56,10 +56,10 @@ def test_every_family_goes_all_the_way(family, texts, tmp_path):
     corpus = prepare(run, str(texts['papers']), str(texts['tales']))
     models.adopt_chat(student, teacher)
     for lm, name in ((student, 'base'), (teacher, 'teacher')): report.keep(run, lm, name)
-    scientist = contrast.train(run, student, corpus, steps=3, batch_size=4, context=128, learning_rate=1e-2)
+    contrasted = contrast.train(run, student, corpus, steps=3, batch_size=4, context=128, learning_rate=1e-2)
     chats = instruct.prepare(run, corpus, teacher, conversations=40, teacher_answers=4, held_out=8, context=128)
-    helper = distill.train(run, scientist, teacher, chats, corpus, steps=2, batch_size=4, context=128, learning_rate=1e-2)
-    result = evaluate.compare(run, dict(base=student, contrast=scientist, distilled=helper, teacher=teacher), corpus, chats,
+    distilled = distill.train(run, contrasted, teacher, chats, corpus, steps=2, batch_size=4, context=128, learning_rate=1e-2)
+    result = evaluate.compare(run, dict(base=student, contrast=contrasted, distilled=distilled, teacher=teacher), corpus, chats,
                               documents=8, answers=4, max_new_tokens=8, context=128)
     metrics = json.loads(report.publish(run, result, dict(student='tiny', teacher='tiny', seed=0), corpus).read_text())
     assert set(metrics['models']) == {'base', 'contrast', 'distilled', 'teacher'}
