@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_LOGPROBS', 'Endpoint', 'parse_endpoint', 'connect', 'named', 'chat_request', 'text_request', 'defuse', 'finished',
-           'appending', 'Usage', 'usage_of', 'send', 'ask', 'to_answer', 'Word', 'heard']
+           'appending', 'Usage', 'usage_of', 'send', 'ask', 'row_to_answer', 'Word', 'heard']
 
 # %% ../nbs/25_endpoint.ipynb #373f38bd
 import json
@@ -300,10 +300,10 @@ def ask(endpoint: Endpoint, conversations: list[list[dict]], max_new_tokens: int
     room = max_new_tokens + endpoint.thoughts
     requests = [chat_request(messages, room, temperature, seed, options=endpoint.options) for messages in conversations]
     rows, usage = send(endpoint, requests, file, description)
-    return [to_answer(row) for row in rows], usage
+    return [row_to_answer(row) for row in rows], usage
 
 
-def to_answer(row: dict | None) -> Answer | None:
+def row_to_answer(row: dict | None) -> Answer | None:
     "A row of `send` as an `Answer` without token ids; its text is what follows the thoughts."
     if not row: return None
     thoughts, text = (row['thoughts'], row['text']) if 'thoughts' in row else parted(row['text'], stopped=row['stopped'])

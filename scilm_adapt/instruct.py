@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .cleaning import language
 from .duplicates import EvaluationSet, Seen, fingerprint, read_evaluation_texts, signature, texts_in
-from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, send, text_request, to_answer, usage_of
+from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, row_to_answer, send, text_request, usage_of
 from .errors import InputError, say
 from .files import (Damaged, check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, verified,
                                write_json, write_text)
@@ -111,7 +111,7 @@ def _local_answers(lm: LanguageModel, prompts: list[list[int]], room: int, tempe
                 for row in rows: append(row)
             else: usage.kept += len(part)
             answers += rows
-    return [to_answer(row) for row in answers], usage + usage_of(answers)
+    return [row_to_answer(row) for row in answers], usage + usage_of(answers)
 
 
 def _user_ids(lm: LanguageModel, messages: list[dict]) -> list[int]:
@@ -201,7 +201,7 @@ class _FarTeacher:
         tokenizer = self.tokenizer
         requests = [text_request(_user_prompt(tokenizer, messages), how.room, how.temperature, how.seed) for messages in conversations]
         rows, usage = send(self.endpoint, requests, how.file, how.description)
-        return [to_answer(row) for row in rows], usage
+        return [row_to_answer(row) for row in rows], usage
 
 
 def _writing(teacher: LanguageModel | Endpoint) -> _NearTeacher | _FarTeacher:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .alignment import Teacher, TrainingData, answer_places, byte_ends, check_lossless, meanings
-from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, parse_endpoint, send, to_answer
+from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, parse_endpoint, row_to_answer, send
 from .errors import InputError
 from .files import content_hash, hashed, write_json
 from .models import LanguageModel, load, teacher_dtype
@@ -166,7 +166,7 @@ def _gather(endpoint: Endpoint, tokenizer, chats: list[dict], k: int, room: int,
     words, ends, result = _lexicon(tokenizer), set(), _Gathered([], [], Usage())
     for part, rows, usage in _ask_parts(endpoint, chats, k, room, token_ids, folder):
         result.usage += usage
-        said = [(chat, row, to_answer(row)) for chat, row in zip(part, rows) if row]
+        said = [(chat, row, row_to_answer(row)) for chat, row in zip(part, rows) if row]
         answered = [(chat, answer, _align_answer(answer.text, heard(row), answer.stopped, words, answer.thoughts is not None))
                     for chat, row, answer in said if answer.text]
         closings = (aligned.closing[0] for _, _, aligned in answered if aligned and aligned.closing)
