@@ -39,8 +39,8 @@ class Recipe(recipes.Recipe):
     preference_weight: float = 0.0     # of telling how papers go on from how they do not
     margin: float = 0.5                # by how much two tokens of a text are to differ: ρ of token contrast
     band: int = 0                      # tokens up to this distance may be alike
-    pairs: Pairs = field(default_factory=Pairs)
-    preference: Preference = field(default_factory=Preference)
+    pairs: Pairs = field(default_factory=Pairs)  # what pairs_weight weighs
+    preference: Preference = field(default_factory=Preference)  # what preference_weight weighs
 
     @property
     def weights(self) -> dict[str, float]:

@@ -266,11 +266,11 @@ def preference_part(model, batch: dict[str, torch.Tensor], kind: str = 'simpo', 
 @dataclass(frozen=True)
 class Preference:
     "The settings of preference contrast."
-    kind: str = 'simpo'               # a key of PREFERENCES
-    beta: float | None = None         # how much a difference counts (None: the paper's, see DIALS)
-    gamma: float | None = None        # by how much a duel is to be won (None: the paper's)
-    likelihood: float | None = None   # weight of the chosen continuation's own likelihood (None: the paper's)
-    corruptions: tuple[str, ...] = (*CORRUPTIONS, _OWN)  # taken in turn; where one cannot be had, any other
+    kind: str = 'simpo'               # the loss: simpo, dpo or cpo
+    beta: float | None = None         # how much a difference counts (none = the paper's)
+    gamma: float | None = None        # by how much a duel is to be won (none = the paper's)
+    likelihood: float | None = None   # weight of the chosen continuation's own likelihood (none = the paper's)
+    corruptions: tuple[str, ...] = ('sentences', 'numbers', 'terms', 'paper', 'own')  # how continuations are spoilt, taken in turn
     pairs: int = 2000                 # made before training, which goes through them again and again
     batch: int = 8                    # pairs a step
     length: int = 96                  # tokens of a prompt and its continuation

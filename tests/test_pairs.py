@@ -19,9 +19,9 @@ from world import exact, reader
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import build, families, tiny
 from scilm_adapt.pairs import (
-    _VIEWS,
     _WINDOW,
     POOLINGS,
+    VIEWS,
     Pairs,
     Together,
     _alike,
@@ -180,10 +180,10 @@ def test_a_view_is_cut_to_its_beginning(student):
 
 def test_a_view_is_two_texts_or_none():
     paper = PAPERS[2]
-    assert _VIEWS['title'](paper) == views(paper) and _VIEWS['tldr'](paper) == ('sound!', paper['text'])
-    assert _VIEWS['halves'](paper) == _VIEWS['first'](paper) == ('We study sound in 2 experiments. ', 'The sound was measured.')
+    assert VIEWS['title'](paper) == views(paper) and VIEWS['tldr'](paper) == ('sound!', paper['text'])
+    assert VIEWS['halves'](paper) == VIEWS['first'](paper) == ('We study sound in 2 experiments. ', 'The sound was measured.')
     bare = dict(title=' ', text='one sentence, which is never parted')
-    assert not any(take(bare) for take in _VIEWS.values())
+    assert not any(take(bare) for take in VIEWS.values())
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -196,9 +196,9 @@ def test_sentences_begin_where_they_do(text, expected):
 
 def test_halves_meet_near_the_middle_or_not_at_all():
     text = 'A. ' + 'B '*20 + 'c. ' + 'D '*15 + 'e.'
-    a, b = _VIEWS['halves'](dict(title='', text=text))
+    a, b = VIEWS['halves'](dict(title='', text=text))
     assert a + b == text and b.startswith('D ')
-    assert _VIEWS['halves'](dict(title='', text='A. ' + 'B '*20)) is None
+    assert VIEWS['halves'](dict(title='', text='A. ' + 'B '*20)) is None
 
 
 # --- which pairs are wrong answers

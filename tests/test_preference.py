@@ -341,3 +341,7 @@ def test_training_widens_the_margin_and_the_control_does_not(kind):
         fit(lm.model, lambda step, batch=batch: batch, loss, 12, learning_rate=3e-3, precision='no')
         found[shuffled] = _margins(lm, real).mean() - before
     assert found[False] > 0.1 and found[True] < 0.5*found[False]
+
+
+def test_every_way_to_spoil_is_taken_by_default():
+    assert set(Preference().corruptions) == {*CORRUPTIONS, _OWN}
