@@ -476,7 +476,7 @@ def test_every_way_trains_is_deterministic_and_leaves_the_student_alone(student,
     before, hashes = weights_hash(student.model), []
     for name in 'ab':
         run = Run(tmp_path/name)
-        hashes.append(weights_hash(train(run, student, teacher, **data, **SETTINGS | dict(steps=6, micro_batch=2), **way).model))
+        hashes.append(weights_hash(train(run, student, teacher, **data, **SETTINGS | dict(steps=6, micro_batch=2) | way).model))
     assert hashes[0] == hashes[1] != before == weights_hash(student.model)
     rows = history_of(run)
     if 'on_policy' in way:

@@ -145,9 +145,9 @@ def loss_alone(folder: Path, ways: list[str], kind: str, vocabulary: int, tokens
     states, head = (torch.randn(n, width, generator=draw, requires_grad=True) for n in (tokens, vocabulary))
     teacher, teacher_head = (torch.randn(n, 2*width, generator=draw) for n in (tokens, vocabulary))
     with torch.no_grad(): [tensor.mul_(2*tensor.shape[-1]**-0.25) for tensor in (states, head, teacher, teacher_head)]
-    options, everything = dict(scaled=False) if kind == 'jsd' else {}, torch.ones(tokens, dtype=torch.bool)
+    everything, divergence = torch.ones(tokens, dtype=torch.bool), 'jsd scaled=false' if kind == 'jsd' else kind
     calls = dict(naive=lambda: naive_loss(states, head, teacher, teacher_head, kind),
-                 chunked=lambda: chunked_loss(states, head, teacher, teacher_head, everything, kind, **options))
+                 chunked=lambda: chunked_loss(states, head, teacher, teacher_head, everything, divergence))
     seconds, losses = {way: [] for way in ways}, {way: [] for way in ways}
     with Peak() as peak:
         for number in range(WARM + rounds if len(ways) > 1 else 1):
