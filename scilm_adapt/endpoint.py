@@ -199,13 +199,13 @@ def usage_of(rows: Iterable[dict], prices: tuple[float, float] = (0.0, 0.0)) -> 
 # %% ../nbs/25_endpoint.ipynb #45840d0c
 def _text_and_thoughts(message: object) -> tuple[str, str | None]:
     "The text of a server's message, and the thoughts that it tells in a field or in parts of their own (None: none)."
-    content, told = message.content, next((told for name in ('reasoning_content', 'reasoning', 'thinking')
-                                           if isinstance(told := getattr(message, name, None), str) and told.strip()), None)
-    if not isinstance(content, list): return content or '', told
+    content, thoughts = message.content, next((thoughts for name in ('reasoning_content', 'reasoning', 'thinking')
+                                               if isinstance(thoughts := getattr(message, name, None), str) and thoughts.strip()), None)
+    if not isinstance(content, list): return content or '', thoughts
     def texts(parts: list, kind: str) -> str:
         found = [part.get(kind) or '' for part in parts if isinstance(part, dict)]
         return ''.join(part if isinstance(part, str) else texts(part, 'text') for part in found)
-    return texts(content, 'text'), texts(content, 'thinking') or told
+    return texts(content, 'text'), texts(content, 'thinking') or thoughts
 
 
 def _request_row(connection: object, endpoint: Endpoint, request: dict) -> dict:

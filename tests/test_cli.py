@@ -231,12 +231,12 @@ def test_signals_stop_the_kernel_and_its_children(notebook, number, code, ignore
 SAVING = '''
 import os, sys, time
 from scilm_adapt.errors import Stopped, stop_gently
-with stop_gently() as wished:
+with stop_gently() as stop_requested:
     print('pids', os.getpid(), flush=True)
-    while not wished: time.sleep(.05)
+    while not stop_requested: time.sleep(.05)
     time.sleep(5)                                                     # longer than a cell that is not saving would get
     open('saved', 'w').close()
-    raise Stopped(wished[0])
+    raise Stopped(stop_requested[0])
 '''
 
 
@@ -256,8 +256,8 @@ def test_an_interrupted_cell_may_finish_its_step_unless_somebody_is_impatient(no
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_kernel_that_is_told_to_stop_stops_the_run(notebook, number, code):
-    small = notebook('import os, signal\nfrom scilm_adapt.errors import Stopped, stop_gently\nwith stop_gently() as wished:\n'
-                     f'    os.kill(os.getpid(), {int(number)})\n    raise Stopped(wished[0])', DONE)
+    small = notebook('import os, signal\nfrom scilm_adapt.errors import Stopped, stop_gently\nwith stop_gently() as stop_requested:\n'
+                     f'    os.kill(os.getpid(), {int(number)})\n    raise Stopped(stop_requested[0])', DONE)
     done = subprocess.run([sys.executable, '-c', SCILM, str(small), 'run', '-o', 'out'], cwd=small.parent, text=True, capture_output=True,
                           preexec_fn=listen)
     assert done.returncode == code and f'scilm: stopped ({number.name}) in cell In [3] (Work)' in done.stderr, done.stderr

@@ -182,10 +182,10 @@ def test_conversations_longer_than_a_row_were_left_out(lm):
 
 
 def test_it_trains(lm, given):
-    pupil = tiny([m['content'] for c in CHATS for m in c['messages']], hidden=32, size=320, context=128)
-    batch_at = on_policy_batches(pupil, CHATS, given, batches(given), replace(POLICY, replay=8), CONTEXT, 4, 0)
-    history = fit(pupil.model, batch_at, lambda model, batch: dict(loss=lm_loss(model, batch)), 4, learning_rate=1e-3, micro_batch=1)
-    assert len(history) == 4 and not pupil.model.training
+    own = tiny([m['content'] for c in CHATS for m in c['messages']], hidden=32, size=320, context=128)
+    batch_at = on_policy_batches(own, CHATS, given, batches(given), replace(POLICY, replay=8), CONTEXT, 4, 0)
+    history = fit(own.model, batch_at, lambda model, batch: dict(loss=lm_loss(model, batch)), 4, learning_rate=1e-3, micro_batch=1)
+    assert len(history) == 4 and not own.model.training
 
 
 # --- side by side
@@ -264,7 +264,7 @@ def test_fresh_answers_grow_rarer_and_the_buffer_gives_the_rest(lm, given):
 @pytest.mark.parametrize('wrong', [dict(share=-0.1), dict(share=1.1), dict(share=float('nan')), dict(temperature=0), dict(temperature=-1.0),
                                    dict(temperature=float('inf')), dict(max_new_tokens=0), dict(replay=-1), dict(student_weight=2.5),
                                    dict(student_weight=-1)])
-def test_dials_out_of_range_are_named(wrong):
+def test_settings_out_of_range_are_named(wrong):
     (name, _), = wrong.items()
     with pytest.raises(InputError, match=f'{name} is'): OnPolicy(**wrong)
 

@@ -418,9 +418,9 @@ def test_space_is_checked_where_the_folder_would_be(tmp_path):
 def test_the_first_signal_is_a_wish_and_the_second_stops_at_once():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     reached = []
-    with pytest.raises(Stopped) as stopped, stop_gently() as wished:
+    with pytest.raises(Stopped) as stopped, stop_gently() as stop_requested:
         signal.raise_signal(signal.SIGTERM)
-        reached.append(wished == [signal.SIGTERM])
+        reached.append(stop_requested == [signal.SIGTERM])
         signal.raise_signal(signal.SIGINT)
         reached.append('never')
     assert reached == [True] and stopped.value.number == signal.SIGINT and isinstance(stopped.value, KeyboardInterrupt)

@@ -17,7 +17,7 @@ from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_id
 from scilm_adapt.instruct import _next_turns, _user_ids, _write_answers, _write_magpie, _write_reading, ask_teacher
 from scilm_adapt.models import LanguageModel, build, load, save
 from scilm_adapt.preflight import preflight
-from scilm_adapt.remote import _lexicon, _remote_targets, lay
+from scilm_adapt.remote import _align_answer, _lexicon, _remote_targets
 from scilm_adapt.tokens import (
     _CHATML,
     _DAY,
@@ -518,4 +518,4 @@ def test_targets_are_those_of_the_answer_behind_the_thoughts(tmp_path):
     assert found.chats[0]['messages'][-1]['content'] == ANSWER
     learnt = found.packed.input_ids[found.packed.loss_mask].tolist()
     assert learnt[:-1] == encode(tokenizer, ANSWER) and rows[0]['text'].startswith('Hm.')
-    assert lay(ANSWER, [], True, _lexicon(tokenizer), True) is None
+    assert _align_answer(ANSWER, [], True, _lexicon(tokenizer), True) is None

@@ -214,13 +214,13 @@ def test_another_seed_draws_another_dropout():
 
 
 def test_dropout_of_a_step_does_not_depend_on_the_steps_before():
-    def drawn(seed, step):
+    def first_numbers(seed, step):
         _set_seed(seed, step)
         return torch.rand(3).tolist()
-    wanted = drawn(0, 731)
-    drawn(0, 730); torch.rand(100)
-    assert drawn(0, 731) == wanted
-    assert len({tuple(drawn(seed, step)) for seed in range(5) for step in range(20)}) == 100
+    wanted = first_numbers(0, 731)
+    first_numbers(0, 730); torch.rand(100)
+    assert first_numbers(0, 731) == wanted
+    assert len({tuple(first_numbers(seed, step)) for seed in range(5) for step in range(20)}) == 100
     losses = []
     for drawn_before in (0, 1000):  # also in the loop: a batch function that draws from torch's generator moves no dropout
         lm = dropout_model()
