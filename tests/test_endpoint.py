@@ -399,22 +399,6 @@ def test_a_killed_client_goes_on_where_it_was(server, tmp_path):
     assert ask(server.endpoint, FORTY, 48)[0] == answers  # as if nothing had happened
 
 
-def test_a_server_that_dies_is_named_and_its_successor_goes_on(server, folder, tmp_path):
-    file, whole = tmp_path/'answers.jsonl', ask(server.endpoint, FORTY, 48)[0]
-    killer = subprocess.Popen([sys.executable, '-c', 'import os, pathlib, sys, time\nfile = pathlib.Path(sys.argv[1])\n'
-                               'while not file.exists() or file.read_bytes().count(b"\\n") < 7: time.sleep(0.002)\n'
-                               'os.kill(int(sys.argv[2]), 9)', file, str(server.process.pid)])
-    try:
-        with pytest.raises(InputError, match=r'No server answers at http.*; start it.*\d+ of 40 were answered and are kept'):
-            ask(Endpoint(server.endpoint.url, 'model', concurrency=2, retries=1), FORTY, 48, file=file)
-    finally: killer.kill(); killer.wait()
-    kept = finished(file)
-    assert 7 <= len(kept) < 40
-    with Serve(folder) as successor:  # at another port
-        answers, usage = ask(successor.endpoint, FORTY, 48, file=file)
-        assert usage.kept == len(kept) and successor.requests == 40 - len(kept) and answers == whole
-
-
 # --- as the teacher of a run ----------------------------------------------------------------------------------------------------------
 
 THINGS = ('iron', 'salt', 'water', 'glass', 'wood', 'copper')
@@ -464,3 +448,21 @@ def test_a_server_teaches_a_run_from_its_address_on(server, tmp_path, capsys):
                            (dict(divergence='jsd'), "'jsd' cannot be had from a server"), (dict(temperature=2.0), 'set it to 1'),
                            (dict(shift=0.5), 'a server cannot be shifted'), (dict(on_policy=dict(share=0.5)), 'on_policy.share is 0.5')):
         with pytest.raises(InputError, match=message): distill.train(Run(tmp_path/'x'), student, far, chats, corpus, **STEPS | wrong)
+
+
+# --- and its end: the last test here, as it kills the server ------------------------------------------------------------------------------
+
+def test_a_server_that_dies_is_named_and_its_successor_goes_on(server, folder, tmp_path):
+    file, whole = tmp_path/'answers.jsonl', ask(server.endpoint, FORTY, 48)[0]
+    killer = subprocess.Popen([sys.executable, '-c', 'import os, pathlib, sys, time\nfile = pathlib.Path(sys.argv[1])\n'
+                               'while not file.exists() or file.read_bytes().count(b"\\n") < 7: time.sleep(0.002)\n'
+                               'os.kill(int(sys.argv[2]), 9)', file, str(server.process.pid)])
+    try:
+        with pytest.raises(InputError, match=r'No server answers at http.*; start it.*\d+ of 40 were answered and are kept'):
+            ask(Endpoint(server.endpoint.url, 'model', concurrency=2, retries=1), FORTY, 48, file=file)
+    finally: killer.kill(); killer.wait()
+    kept = finished(file)
+    assert 7 <= len(kept) < 40
+    with Serve(folder) as successor:  # at another port
+        answers, usage = ask(successor.endpoint, FORTY, 48, file=file)
+        assert usage.kept == len(kept) and successor.requests == 40 - len(kept) and answers == whole

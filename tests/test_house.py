@@ -315,6 +315,10 @@ def test_constraints_are_within_the_requirements():
         assert pin is None or requirement.specifier.contains(pin), f'constraints.txt pins {pin}, settings.ini wants {text}'
 
 
+def test_nbdev_and_quarto_read_one_file():
+    assert (ROOT/'nbs'/'_quarto.yml').samefile(ROOT/'_quarto.yml'), 'nbs/_quarto.yml is a link'
+
+
 def test_ci_runs_make_test():
     assert (ROOT/'.ci'/'run').read_text().rstrip().endswith('exec make test')
     assert (ROOT/'.ci'/'run').stat().st_mode & 0o111

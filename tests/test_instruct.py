@@ -201,7 +201,7 @@ import json, pathlib, sys, torch
 from scilm_adapt import instruct
 from scilm_adapt.models import load
 torch.set_num_threads(1)
-instruct.CHUNK = 8
+instruct._CHUNK = 8
 instruct.ask_teacher(load(sys.argv[1], device='cpu'), json.loads(pathlib.Path(sys.argv[2]).read_text()), 128, file=sys.argv[3])
 '''
 

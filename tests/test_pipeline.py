@@ -134,7 +134,7 @@ def test_the_notebook_takes_a_server_for_its_teacher_and_a_folder_of_conversatio
         command = [sys.executable, '-m', 'scilm_adapt.cli', *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     for done in (scilm('papers', texts['papers'], '-o', 'papers'),
-                 scilm('instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'summary')):
+                 scilm('instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'claim')):
         assert done.returncode == 0, done.stdout + done.stderr
     preset = dict(student=str(student), papers=str(texts['papers']), general=str(texts['tales']), context=128, batch_size=4,
                   conversations=40, teacher_answers=3, documents=8, questions=4)
@@ -150,7 +150,7 @@ def test_the_notebook_takes_a_server_for_its_teacher_and_a_folder_of_conversatio
     given = scilm('run', '-f', 'small.yaml', '-p', 'teacher', 'model', '-p', 'chats', 'chats', '-o', 'given')
     assert given.returncode == 0, given.stdout + given.stderr
     kinds = json.loads((tmp_path/'given'/'chats'/'report.json').read_text())['kinds']['train']
-    assert set(kinds) == {'title', 'summary'}, 'those of the folder, not new ones'
+    assert set(kinds) == {'title', 'claim'}, 'those of the folder, not new ones'
     (tmp_path/'chats'/'report.json').write_text('{}')
     broken = scilm('run', '-f', 'small.yaml', '-p', 'teacher', 'model', '-p', 'chats', 'chats', '-o', 'broken')
     assert broken.returncode == 2 and 'chats' in broken.stderr and 'Traceback' not in broken.stderr
