@@ -23,10 +23,9 @@ from .files import staged_folder, write_json
 from .generate import Answer, chat_prompt, halt_ids, plain, respond
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision, save
 from .recipe import has_adapters, merge_adapters
-from .rollouts import PROBE, as_part
 from .alignment import Teacher
 from .tokens import encode_chat, pack
-from .training import exact, target_states
+from .training import PROBE, as_part, exact, target_states
 
 # %% ../nbs/34_collapse.ipynb #cd0e9685
 def _answered(lm: LanguageModel, answers: list[Answer], most: int) -> dict[str, float]:

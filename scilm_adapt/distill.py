@@ -30,12 +30,11 @@ from .papers import Corpus, document
 from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_advantage
 from .recipe import Task, recipe_of, train_stage
 from .remote import ServerTeacher, load_teacher, local_model
-from .rollouts import (ON_POLICY, PAPERS, ROLLOUT, OnPolicy, ReplayBuffer, as_part, on_policy_batches, part_of,
-                                  student_weight_at)
+from .rollouts import OnPolicy, ReplayBuffer, on_policy_batches, student_weight_at
 from .runs import Run, stage
 from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, addresses, build_cache, data_hash, open_cache
 from .tokens import USEFUL, Packed, batch_rows, documents_in, pack, store_tokens
-from .training import target_states
+from .training import ON_POLICY, PAPERS, ROLLOUT, as_part, part_of, target_states
 
 # %% ../nbs/36_distill.ipynb #894a9304
 def batch_maker(conversations: Packed, papers: Packed | None, batch_size: int, retention_rows: int,

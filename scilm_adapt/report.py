@@ -29,8 +29,8 @@ from .files import content_hash, ledger, read_json, staged_folder, to_json, writ
 from .intervals import Metric, estimates
 from .models import LanguageModel, best_device, save, weights_hash
 from .papers import Corpus
-from .rollouts import PROBE, ROLLOUT
 from .runs import Run, figure_theme, stage
+from .training import PROBE, ROLLOUT
 
 # %% ../nbs/38_report.ipynb #f265e7b0
 def _metrics_of(result: dict) -> dict[str, Metric]:

@@ -29,11 +29,11 @@ from scilm_adapt.errors import InputError
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document
-from scilm_adapt.rollouts import OnPolicy, on_policy_batches, part_of
+from scilm_adapt.rollouts import OnPolicy, on_policy_batches
 from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
-from scilm_adapt.training import lm_loss, micro_batches, target_states
+from scilm_adapt.training import lm_loss, micro_batches, part_of, target_states
 
 PAPERS = [dict(id=str(n), title=sentence(n + 2000, 3), text=sentence(n + 3000, 12)) for n in range(40)]
 TOKENIZER = train_tokenizer([document(paper) for paper in PAPERS], 400)

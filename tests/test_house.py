@@ -120,6 +120,9 @@ def test_a_wing_imports_only_from_wings_before_it():
         module = ROOT/'scilm_adapt'/f'{module_of(path)}.py'
         late = {name for name in imported_modules(trees(module)[0]) if wing_of.get(name, 0) > wing_of[module_of(path)]}
         assert not late, f'{path.name} imports from a later wing: {sorted(late)}'
+        beside = {(wing_of[module_of(path)], wing_of[name]) for name in imported_modules(trees(module)[0]) if name in wing_of}
+        apart = [tuple(map([*badges.WINGS].index, pair)) for pair in (('Distillation', 'Contrast'), ('Evidence', 'Distillation'))]
+        assert not beside & {*apart}, f'{path.name}: contrast and distillation know nothing of each other, nor distillation and evidence'
 
 
 def test_imports_are_seen_in_every_form():
