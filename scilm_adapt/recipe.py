@@ -96,7 +96,8 @@ class Recipe:
 
 
 def recipe_of(kind: type, settings: dict) -> object:
-    """A recipe of the dataclass `kind` from its `settings` by name; a part that is a dataclass itself may be a dictionary of what differs.
+    """A recipe of the dataclass `kind` from its `settings` by name; a part that is a dataclass itself may be a dictionary of what differs,
+    and words may be a list or a text with blanks between, as notebooks and files have them.
 
     InputError for a name that is no field, with the nearest that is one.
     """
@@ -105,7 +106,9 @@ def recipe_of(kind: type, settings: dict) -> object:
         raise InputError(f"There is no setting '{unknown[0]}'.{nearest(unknown[0], known)} There are {', '.join(known)}.")
     def value(name: str) -> object:
         given, make = settings[name], known[name].default_factory
-        return recipe_of(type(make()), vars(make()) | given) if isinstance(given, dict) and make is not MISSING else given
+        if isinstance(given, dict) and make is not MISSING: return recipe_of(type(make()), vars(make()) | given)
+        if isinstance(given, str) and known[name].type == tuple[str, ...]: given = given.replace(',', ' ').split()
+        return tuple(given) if isinstance(given, list) else given
     return kind(**{name: value(name) for name in settings})
 
 # %% ../nbs/18_recipe.ipynb #9f2a3b4c

@@ -135,15 +135,15 @@ def _to_str(value: object) -> str:
     return value
 
 
-def _to_words(value: object) -> tuple[str, ...]:
-    "Words with blanks or commas between, or a list of them."
-    return tuple(re.split(r'[,\s]+', value.strip()) if isinstance(value, str) else map(_to_str, value))
+def _to_words(value: object) -> list[str]:
+    "Words with blanks or commas between, or a list of them. (A list, as papermill would write a tuple as text.)"
+    return re.split(r'[,\s]+', value.strip()) if isinstance(value, str) else [*map(_to_str, value)]
 
 
-def _to_weight(value: object) -> float | tuple[float, float]:
+def _to_weight(value: object) -> float | list[float]:
     "A number, or two: at the first step and at the last."
-    numbers = tuple(map(_to_float, re.split(r'[,\s]+', value.strip()) if isinstance(value, str) else
-                        value if isinstance(value, (list, tuple)) else [value]))
+    numbers = [*map(_to_float, re.split(r'[,\s]+', value.strip()) if isinstance(value, str) else
+                    value if isinstance(value, (list, tuple)) else [value])]
     if len(numbers) > 2: raise ValueError(value)
     return numbers if len(numbers) == 2 else numbers[0]
 

@@ -366,8 +366,8 @@ def test_every_field_of_a_recipe_is_a_parameter_with_the_meaning_its_comment_giv
 
 @pytest.mark.parametrize('name, value, read', [
     ('contrast.token_weight', 'none', None), ('contrast.token_weight', '0.5', 0.5),
-    ('contrast.pairs.views', 'title, first', ('title', 'first')),
-    ('contrast.pairs.views', ['title', 'first'], ('title', 'first')), ('distil.shift', '0 0.5', (0.0, 0.5)), ('distil.shift', 0.5, 0.5),
+    ('contrast.pairs.views', 'title, first', ['title', 'first']),
+    ('contrast.pairs.views', ['title', 'first'], ['title', 'first']), ('distil.shift', '0 0.5', [0.0, 0.5]), ('distil.shift', 0.5, 0.5),
     ('distil.batch_size', '4', 4), ('contrast.pairs.shuffled', 'yes', True), ('distil.divergence', 'jsd beta=0.1', 'jsd beta=0.1')])
 def test_a_setting_of_a_stage_is_read_as_its_recipe_wants_it(name, value, read):
     assert running.check_parameters({name: value}, running.read_parameters(cli.shipped_notebook()), '-p') == {name: read}

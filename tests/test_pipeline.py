@@ -110,7 +110,8 @@ def test_the_notebook_takes_models_with_different_tokenizers_and_other_ways_to_l
     for lm, name in ((student, 'student'), (teacher, 'teacher')): models.save(lm, tmp_path/name)
     preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), context=160,
                   general=str(texts['tales']), batch_size=4, conversations=40, teacher_answers=0, documents=8, questions=4)
-    preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 2, 'distil.reference_weight': 0.2}
+    preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 2, 'distil.reference_weight': '0.3 0.1',
+               'distil.authors': 'paper'}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-o', 'mine']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

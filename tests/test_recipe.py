@@ -36,6 +36,9 @@ def test_what_only_says_how_is_in_no_key_and_all_else_is(kind):
 def test_a_part_of_a_recipe_may_be_given_by_what_differs():
     made = recipe_of(contrast.Recipe, vars(RECIPE) | dict(pairs=dict(batch=32)))
     assert made.pairs == Pairs(batch=32) and made == recipe_of(contrast.Recipe, vars(RECIPE) | dict(pairs=Pairs(batch=32)))
+    for views in (['title', 'first'], 'title first', 'title, first', ('title', 'first')):
+        assert recipe_of(contrast.Recipe, dict(pairs=dict(views=views))).pairs.views == ('title', 'first')
+    assert recipe_of(distill.Recipe, dict(shift=[0.0, 0.5])).shift == (0.0, 0.5)
     with pytest.raises(InputError, match="no setting 'weigth'"): recipe_of(contrast.Recipe, vars(RECIPE) | dict(weigth=1))
     with pytest.raises(InputError, match="no setting 'pairs_wait'. Did you mean 'pairs_weight'"):
         recipe_of(contrast.Recipe, vars(RECIPE) | dict(pairs_wait=1))
