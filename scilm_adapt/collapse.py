@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from .checkpoints import ranks
-from .decoding import repetition
+from .decoding import plain, repetition
 from .divergence import chunk_size, head_of
 from .errors import InputError
 from .files import staged_folder, write_json
-from .generate import Answer, chat_prompt, halt_ids, plain, respond
+from .generate import Answer, chat_prompt, halt_ids, respond
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision, save
 from .recipe import has_adapters, merge_adapters
 from .alignment import Teacher

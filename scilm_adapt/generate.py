@@ -15,8 +15,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from .decoding import (DECODERS, Reader, check_mask, check_room, check_settings, contrastive_search,   # noqa: F401
-                                  next_probabilities, pick, plain, sample, write)
+from .decoding import DECODERS, Reader, check_room, check_settings, next_probabilities, plain, sample
 from .errors import InputError, progress_bar
 from .models import LanguageModel, logits_of
 from .runs import rng

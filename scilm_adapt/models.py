@@ -27,7 +27,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsA
                           PreTrainedModel, PreTrainedTokenizerBase)
 
 from .errors import InputError
-from .tokens import TURN_END, document_ends, encode_document, end_of_turn, pack, train_tokenizer
+from .tokens import document_ends, end_of_turn, train_tokenizer
 
 # %% ../nbs/15_models.ipynb #35f93feb
 _ENDLESS = 2**20  # tokens, for families that nothing limits, such as recurrent ones

@@ -23,8 +23,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from .cleaning import clean, without_rules
-from .duplicates import (EvaluationSet, Seen, decontaminate, deduplicate, fingerprint, read_evaluation_texts,  # noqa: F401
-                                    signature, texts_in)
+from .duplicates import EvaluationSet, Seen, read_evaluation_texts, signature, texts_in
 from .errors import InputError, progress_bar, say
 from .files import check_apart, check_free, content_hash, file_hash, read_json, staged_folder, write_json
 from .installed import installed_docs

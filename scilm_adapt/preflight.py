@@ -18,7 +18,7 @@ from .endpoint import Endpoint
 from .errors import InputError
 from .generate import answer_bits, chat_prompt, respond
 from .intervals import Metric, Subject
-from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary, shared_vocabulary
+from .models import LanguageModel, adopt_chat, check_memory, habits, parameter_count, same_vocabulary
 from .remote import local_model
 from .tokens import (apply_template, control_tokens, document_ends, encode_chat, end_of_turn, mark, named_templates, opening,
                                 settled)

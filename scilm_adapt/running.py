@@ -10,7 +10,6 @@ __all__ = ['MALLOC', 'SENTINEL', 'Parameter', 'read_parameters', 'check_paramete
 import ast
 import asyncio
 import io
-import json
 import logging
 import math
 import os

@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 
 import scilm_adapt
 from .errors import InputError
-from .files import (ASIDE, MANIFEST, SEEN, Damaged, check_free, check_own, content_hash, contents, drop, file_hash,
-                               is_plain, lasting, ledger, marked, note, parsed_manifest, read_json, read_manifest, seal, staged_folder,
-                               sweep, target_folder, told_when_full, verified, write_text)
+from .files import (ASIDE, MANIFEST, SEEN, Damaged, check_free, check_own, content_hash, contents, drop, file_hash, is_plain,
+                               lasting, ledger, marked, note, parsed_manifest, read_json, read_manifest, seal, staged_folder, sweep,
+                               target_folder, told_when_full, verified)
 
 # %% ../nbs/02_runs.ipynb #1f92029e
 locks: dict[Path, FileLock] = {}  # what this process holds

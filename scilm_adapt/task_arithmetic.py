@@ -9,16 +9,15 @@ __all__ = ['chat_vector', 'CachedDecoder']
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from .decoding import Reader
+from .decoding import Reader, next_probabilities, plain
 from .divergence import chunk_size
 from .errors import InputError, progress_bar
-from .generate import Answer, check_prompts, halt_ids, next_probabilities, plain, stop_ids, to_answer
+from .generate import Answer, check_prompts, halt_ids, stop_ids, to_answer
 from .models import LanguageModel, adopt_chat, logits_of, same_vocabulary
 from .runs import rng
 from .teacher import OpenTeacher, systematic_sample

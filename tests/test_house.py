@@ -125,6 +125,27 @@ def test_a_wing_imports_only_from_wings_before_it():
         assert not beside & {*apart}, f'{path.name}: contrast and distillation know nothing of each other, nor distillation and evidence'
 
 
+def defined(module: Path) -> set[str]:
+    "The names that a module defines itself."
+    found = set()
+    for node in trees(module)[0].body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): found.add(node.name)
+        single = [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
+        targets = node.targets if isinstance(node, ast.Assign) else single
+        found |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return found
+
+
+def test_every_name_is_imported_from_the_module_that_defines_it():
+    defines, wrong = {path.stem: defined(path) for path in MODULES}, []
+    for path in [*MODULES, *NOTEBOOKS, *sorted((ROOT/'tests').glob('*.py')), *sorted((ROOT/'nbs'/'_benchmark').glob('*.py'))]:
+        for node in (node for tree in trees(path) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+            module = (node.module or '').removeprefix('scilm_adapt.')
+            if (node.level or module != node.module) and module in defines:
+                wrong += [f'{path.name}: {name.name} from {module}' for name in node.names if name.name not in defines[module]]
+    assert not wrong, wrong
+
+
 def test_imports_are_seen_in_every_form():
     lines = ['import scilm_adapt.a, os', 'from scilm_adapt.b import x', 'from scilm_adapt import c', 'from torch import nn',
              'def f():', '    from .d import y', '    from . import e']

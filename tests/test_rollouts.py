@@ -16,11 +16,10 @@ from scilm_adapt.rollouts import (
     Rollout,
     _answer_kinds,
     _roll_out,
-    documents_in,
     on_policy_batches,
     student_weight_at,
 )
-from scilm_adapt.tokens import TURN_END, TURN_START, batch_rows, encode_chat, pack
+from scilm_adapt.tokens import TURN_END, TURN_START, batch_rows, documents_in, encode_chat, pack
 from scilm_adapt.training import fit, lm_loss, micro_batches
 
 CONTEXT, STEPS = 64, 10

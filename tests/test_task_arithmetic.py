@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from scilm_adapt.decoding import next_probabilities
 from scilm_adapt.errors import InputError
-from scilm_adapt.generate import chat_prompt, halt_ids, next_probabilities, respond, stop_ids, to_answer
+from scilm_adapt.generate import chat_prompt, halt_ids, respond, stop_ids, to_answer
 from scilm_adapt.models import LanguageModel, build, load, logits_of, save
 from scilm_adapt.task_arithmetic import _proxy_nats, _proxy_respond, chat_vector
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from common import WARM, Peak, in_turns, main, open_model, prepare, summary, trl_settings, trl_step
 
+from scilm_adapt.decoding import sample
 from scilm_adapt.distill import distil_loss
 from scilm_adapt.divergence import chunked_loss
 from scilm_adapt.files import read_json
-from scilm_adapt.generate import sample
 from scilm_adapt.models import LanguageModel
 from scilm_adapt.teacher import LiveTeacher, addresses, build_cache
 from scilm_adapt.tokens import Packed, pack
