@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import reader
+from world import descent, reader
 
 from scilm_adapt import contrast, recipe
 from scilm_adapt.contrast import Recipe, _weighted_sum, batch_maker, contrast_loss, train
@@ -78,7 +78,6 @@ def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batc
     for rows in (16, micro_batch):
         model, gradients = copy.deepcopy(student.model).double(), {}
         def keep(step, model, gradients=gradients): gradients.update({n: p.detach().clone() for n, p in model.named_parameters()})
-        def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
         history = fit(model, batch_at, contrast_loss(recipe), 1, learning_rate=1.0, micro_batch=rows, optimizers=descent, clip=1e9,
                       precision='no', on_step_end=keep)
         found.append((history[0], gradients))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from world import WORDS, two_processes
+from world import WORDS, descent, two_processes
 
 from scilm_adapt.distill import batch_maker, distil_loss
 from scilm_adapt.models import LanguageModel, build
@@ -44,9 +44,6 @@ def world(rows: int, papers: int, bits: int, divergence: str, **_):
     science = pack([encode_document(tokenizer, sentence(n + 100, 12)) for n in range(24)], 48)
     loss = distil_loss(LiveTeacher(teacher), divergence, retention_weight=0.5, answer_weight=0.3)
     return student, batch_maker(conversations, science, rows, papers, seed=0), loss
-
-
-def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
 
 
 def train(case: dict) -> tuple[list[dict], LanguageModel]:

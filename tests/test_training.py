@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_checkpoints import ended, forked
 from torch.nn import functional as F
+from world import descent
 
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.errors import InputError, Stopped
@@ -75,9 +76,6 @@ def train(lm: LanguageModel, packed, rows: int = 16, steps: int = 4, **options) 
 
 def furthest(one, other) -> float:
     return max((a - b).abs().max().item() for a, b in zip(one.parameters(), other.parameters()))
-
-
-def descent(model, learning_rate): return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
 
 
 # What is the same sum in another order is compared in 64 bits. n numbers of size 1 added in two orders lie at most n*2.2e-16 apart, and

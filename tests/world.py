@@ -121,6 +121,11 @@ def addressed_batch(packed: Packed, rows: list[int] | None = None, **more) -> di
     return packed.batch(rows) | dict(address=addresses(packed)(rows)) | more
 
 
+def descent(model, learning_rate):
+    "Plain gradient descent, for `fit`: it does not divide by what is nearly zero."
+    return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
+
+
 def two_processes(script: str, *arguments: str | Path) -> None:
     "Run a script with these arguments in two processes that torchrun starts; both have to end well."
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port())]
