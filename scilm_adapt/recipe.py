@@ -10,8 +10,8 @@ __all__ = ['lora', 'has_adapters', 'merge_adapters', 'Recipe', 'recipe_of', 'Set
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -95,15 +95,21 @@ class Recipe:
         trackers_of(self.trackers)
 
 
+def _fields_of(kind: type, names: Iterable[str]) -> dict[str, Field]:
+    "The fields of a recipe by name; InputError for the first of `names` that is none, with the nearest that is one."
+    known = {one.name: one for one in fields(kind)}
+    for name in names:
+        if name not in known: raise InputError(f"There is no setting '{name}'.{nearest(name, known)} There are {', '.join(known)}.")
+    return known
+
+
 def recipe_of(kind: type, settings: dict) -> object:
     """A recipe of the dataclass `kind` from its `settings` by name; a part that is a dataclass itself may be a dictionary of what differs,
     and words may be a list or a text with blanks between, as notebooks and files have them.
 
     InputError for a name that is no field, with the nearest that is one.
     """
-    known = {one.name: one for one in fields(kind)}
-    if unknown := [name for name in settings if name not in known]:
-        raise InputError(f"There is no setting '{unknown[0]}'.{nearest(unknown[0], known)} There are {', '.join(known)}.")
+    known = _fields_of(kind, settings)
     def value(name: str) -> object:
         given, make = settings[name], known[name].default_factory
         if isinstance(given, dict) and make is not MISSING: return recipe_of(type(make()), vars(make()) | given)
@@ -122,10 +128,9 @@ class Settings:
         vars(self).update(_kind=kind, **parts)
 
     def __setattr__(self, name: str, value: object) -> None:
-        known = [one.name for one in fields(self._kind)]
-        if name not in known: raise InputError(f"There is no setting '{name}'.{nearest(name, known)} There are {', '.join(known)}.")
+        _fields_of(self._kind, [name])
         if isinstance(part := vars(self).get(name), Settings):
-            raise InputError(f"'{name}' has settings of its own; set one of {', '.join(one.name for one in fields(part._kind))}.")
+            raise InputError(f"'{name}' has settings of its own; set one of {', '.join(_fields_of(part._kind, ()))}.")
         vars(self)[name] = value
 
     def values(self) -> dict[str, object]:

@@ -62,6 +62,11 @@ def is_install(cell: dict) -> bool:
     return cell['cell_type'] == 'code' and "'google.colab' in str(get_ipython())" in ''.join(cell['source'])
 
 
+def write_notebook(path: Path, nb: dict) -> None:
+    "Write a notebook in the form of nbdev_clean, so that the two never undo each other."
+    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
 def update_notebook(path: Path, cfg: dict[str, str]) -> bool:
     """Put the badge below the title and the install cell below `#| default_exp` (or below the badge); True if this changed
     anything. The badge has a cell of its own because nbdev takes the title cell for front matter and shows nothing else of it."""
@@ -75,8 +80,7 @@ def update_notebook(path: Path, cfg: dict[str, str]) -> bool:
     cells[2 + numbered:2 + numbered] = [install]
     if cells == nb['cells']: return False
     nb['cells'] = cells
-    # The form nbdev_clean writes, so that the two never undo each other.
-    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    write_notebook(path, nb)
     return True
 
 
@@ -115,7 +119,7 @@ def update_index(path: Path, root: Path = ROOT) -> bool:
     cell = next(cell for cell in nb['cells'] if cell['id'] == 'house-map')
     old, cell['source'] = cell['source'], f"## The house\n\n{house_map('', root)}".splitlines(keepends=True)
     if old == cell['source']: return False
-    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    write_notebook(path, nb)
     return True
 
 
