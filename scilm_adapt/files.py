@@ -6,8 +6,8 @@
 __all__ = ['MANIFEST', 'SEEN', 'WORK', 'SETTLED', 'ASIDE', 'content_hash', 'hashed', 'file_hash', 'sync', 'write_text', 'to_json',
            'write_json', 'read_json', 'Damaged', 'contents', 'seal', 'parsed_manifest', 'verified', 'read_manifest',
            'is_plain', 'marked', 'look', 'target_folder', 'check_apart', 'check_free', 'in_place', 'new_aside',
-           'lasting', 'drop', 'sweep', 'staged_folder', 'ledger', 'note', 'check_own', 'write_own', 'check_space',
-           'told_when_full']
+           'lasting', 'drop', 'sweep', 'staged_folder', 'ledger', 'note', 'check_own', 'write_own', 'cache_folder',
+           'check_space', 'told_when_full']
 
 # %% ../nbs/01_files.ipynb #4fa133b8
 import errno
@@ -19,6 +19,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -409,6 +410,17 @@ def write_own(root: str | Path, name: str, text: str) -> Path:
     return write_text(Path(root)/name, text, Path(root))
 
 # %% ../nbs/01_files.ipynb #2d5c25f9
+def cache_folder() -> Path:
+    """Where things that can be made again are kept between runs: $XDG_CACHE_HOME/scilm_adapt or ~/.cache/scilm_adapt.
+
+    Where no such folder can be made, as for some users of a cluster, it is one for temporary files.
+    """
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'scilm_adapt'
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError: folder = Path(tempfile.gettempdir())/'scilm_adapt'
+    return folder
+
+
 def _free_bytes(folder: str | Path) -> int:
     "Bytes that are free where the folder is, or would be."
     folder = Path(folder).absolute()

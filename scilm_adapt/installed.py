@@ -12,15 +12,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import os
 import re
 import sysconfig
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from .errors import InputError, say
-from .files import content_hash, write_text
+from .files import cache_folder, content_hash, write_text
 
 # %% ../nbs/10_installed.ipynb #44d32e34
 _SCIENCE_PACKAGES = ('numpy', 'scipy', 'sklearn', 'sympy', 'networkx')
@@ -109,17 +107,6 @@ def docs_records(module: str, path: str) -> list[dict]:
     return [record for name, text in _docstrings(module, path) if (record := _docs_record(name, text))]
 
 # %% ../nbs/10_installed.ipynb #a90b8c37
-def _cache_folder() -> Path:
-    """Where things that can be made again are kept between runs: $XDG_CACHE_HOME/scilm_adapt or ~/.cache/scilm_adapt.
-
-    Where no such folder can be made, as for some users of a cluster, it is one for temporary files.
-    """
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'scilm_adapt'
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError: folder = Path(tempfile.gettempdir())/'scilm_adapt'
-    return folder
-
-
 def _harvest_docs(packages: tuple[str, ...], seen: set[int], workers: int = 2) -> list[dict]:
     "Records from the documentation of installed `packages`; paragraphs already in `seen` are dropped, new ones added to it."
     files = [file for package in packages for file in source_files(package)]
@@ -143,7 +130,7 @@ def installed_docs(part: str) -> list[dict]:
     versions = {package: importlib.metadata.version(distributions.get(package, package)) for package in packages if package != 'python'}
     versions['python'] = sysconfig.get_python_version()
     source = content_hash([versions, *map(inspect.getsource, (_docstrings, _paragraphs, _is_prose, _docs_record, _harvest_docs))])
-    path = _cache_folder()/f'installed-docs-{source[:12]}-{part}.jsonl'
+    path = cache_folder()/f'installed-docs-{source[:12]}-{part}.jsonl'
     if not path.exists():
         say(f'reading the documentation of {len(packages)} installed packages (once)')
         seen = set()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['writers', 'answer_filters', 'mine_all', 'ask_teacher', 'numbers', 'QualityFilter', 'build', 'Chats', 'open_chats',
-           'prepare']
+           'general_chats', 'prepare']
 
 # %% ../nbs/27_instruct.ipynb #b1e4e86b
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -346,16 +347,23 @@ def _write_magpie(teacher: LanguageModel | Endpoint, papers: list[dict], seed: i
     papers = [(paper, passage) for paper in papers if (passage := _excerpt_of(paper, words, seed)) and _paper_prompt(paper, 'preamble')]
     turns = [_preamble(teacher, _paper_prompt(paper, 'preamble').format(f"{paper['title']}\n\n{passage}".strip()))
              for paper, passage in papers]
-    wrote, usage = _next_turns(teacher, turns, room//2, 1.0, seed, file, 'user turns', user=True)
+    spoken, usage = _both_sides(teacher, turns, room, seed, file, thoughts)
+    return [_candidate(paper, 'magpie', said, said, answer, problem) for (paper, _), (said, answer, problem) in zip(papers, spoken)], usage
+
+
+def _both_sides(teacher: LanguageModel | Endpoint, beginnings: list[list[dict]], room: int, seed: int, file: str | Path | None,
+                thoughts: int = 0) -> tuple[list[tuple[str, Answer | None, str]], Usage]:
+    "For each beginning what the teacher says as its user, what it answers, and the problem if it said nothing; and what all that cost."
+    wrote, usage = _next_turns(teacher, beginnings, room//2, 1.0, seed, file, 'user turns', user=True)
     said = [answer.text if answer and answer.stopped and len(answer.text.split()) >= 3 and '\ufffd' not in answer.text else ''
             for answer in wrote]  # letters drawn by chance, byte for byte, can be halves
     found = [n for n, text in enumerate(said) if text]
-    answers, more = _next_turns(teacher, [[*turns[n], dict(role='user', content=said[n])] for n in found], room, 0.0, seed, file,
+    answers, more = _next_turns(teacher, [[*beginnings[n], dict(role='user', content=said[n])] for n in found], room, 0.0, seed, file,
                                'their answers', thoughts=thoughts)
     answers = dict(zip(found, answers))
-    return [_candidate(paper, 'magpie', said[n], said[n], answers.get(n), '' if said[n] or not wrote[n] else
-                      f"the teacher's question has no end, under 3 words, or half a letter: {_no_question(wrote[n])}")
-            for n, (paper, _) in enumerate(papers)], usage + more
+    problems = ['' if text or not turn else f"the teacher's question has no end, under 3 words, or half a letter: {_no_question(turn)}"
+                for text, turn in zip(said, wrote)]
+    return [(text, answers.get(n), problem) for n, (text, problem) in enumerate(zip(said, problems))], usage + more
 
 
 def _preamble(teacher: LanguageModel | Endpoint, text: str) -> list[dict]:
@@ -450,6 +458,7 @@ def numbers(text: str) -> set[str]:
 
 def _is_ungrounded(chat: dict, paper: dict) -> str:
     "A reason if less than half of the weighty words of the answer, or of a question that a teacher wrote, or a number, are the paper's."
+    if 'text' not in paper: return ''  # it is about no paper
     source, answer = document(paper), _texts_of(chat)[1]
     for what, text in (('question', chat.get('question', '')), ('answer', answer)):
         found = _roots(text)
@@ -690,13 +699,20 @@ def _refusals_of(report: dict) -> str:
     return ', '.join(f"{name} {entry['count']:,}" for name, entry in report['filters'].items() if entry['count'])
 
 # %% ../nbs/27_instruct.ipynb #28c9f02b
+_HELD_OUT = 100  # conversations about anything that are not learnt
+
+
 @dataclass
 class Chats:
-    "Conversations by split, each from papers of that split only, and the folder they are kept in."
+    """Conversations by split, each from papers of that split only, and the folder they are kept in.
+
+    `general` are conversations about anything, by the teacher alone, that are held out: to see whether the student still helps.
+    """
     train: list[dict]
     valid: list[dict]
     test: list[dict]
     folder: Path
+    general: list[dict] = field(default_factory=list)
 
 
 def open_chats(folder: str | Path, corpus: Corpus | None = None) -> dict[str, Sequence[dict]]:
@@ -739,6 +755,49 @@ def _answered_items(papers: Sequence[dict], teacher: LanguageModel | Endpoint, t
             for n, (line, chat) in enumerate(found)), usage
 
 
+def general_chats(teacher: LanguageModel | Endpoint, number: int, context: int, seed: int = 0, file: str | Path | None = None,
+                  thoughts: int = 0) -> tuple[list[dict], Usage]:
+    """So many conversations about anything, as candidates, and what they cost: the teacher speaks as its own user, out of nothing but its
+    chat template, and answers.
+
+    A turn of the user has at most a quarter of `context` tokens, an answer half. `thoughts` as for `prepare`. Source: arXiv:2406.08464.
+    """
+    spoken, usage = _both_sides(teacher, [[]]*number, context//2, seed, file, thoughts)
+    papers = [dict(id=f'general-{seed}-{n}', title='', text=said) for n, (said, *_) in enumerate(spoken)]
+    return [_candidate(paper, 'general', said, said, answer, problem) for paper, (said, answer, problem) in zip(papers, spoken)], usage
+
+
+def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: object, number: int, context: int, seed: int,
+                     thoughts: int, evaluation: str) -> Path:
+    "`number` of `general_chats` for training and `_HELD_OUT` for the test, those that are refused left out, as the stage 'general-chats'."
+    wanted = dict(train=(number, seed), valid=(0, seed), test=(_HELD_OUT, seed + 1_000_003))  # other draws for the test
+    def make(folder: Path, scratch: Path) -> None:
+        file = _earlier_answers(scratch, run.folder/'general-chats')
+        def items(name: str) -> tuple[Iterable[_Item], Usage]:
+            most, chance = wanted[name]
+            chats, usage = general_chats(teacher, most, context, chance, file, thoughts) if most else ([], Usage())
+            fitting = (chat for chat in chats if chat['problem'] or _fits(tokenizer, chat, context))
+            return ((line, dict(id=chat['paper_id']), [chat]) for line, chat in enumerate(fitting, 1)), usage
+        report = _write_set(folder, items, QualityFilter(_evaluation_set([evaluation] if evaluation else [])))
+        if not report['kinds']['train']:
+            raise InputError(f"The teacher said nothing of use as its own user ({_refusals_of(report) or 'no question ended'}); set "
+                             f"general_share to 0, or choose a teacher that has learnt to follow its chat template.")
+        shutil.copy(file, folder/'answers.jsonl')
+    say('instruct: conversations about anything, by the teacher alone')
+    config = dict(teacher=_writing(teacher).key, tokenizer=tokenizer_hash(tokenizer), wanted=wanted, context=context, thoughts=thoughts,
+                  evaluation=source_hash(evaluation) if evaluation else '')
+    folder = stage(run, 'general-chats', config, make, resumable=True)
+    _show_chats(read_json(folder/'report.json'))
+    return folder
+
+
+def _check_share(share: float, teacher: LanguageModel | Endpoint) -> None:
+    "InputError for a share that is none, or that this teacher cannot serve."
+    if not 0 <= share < 1:
+        raise InputError(f'general_share is {share}; give at least 0 (none) and less than 1 (0.5: as many as about the papers).')
+    if share and (reason := _writing(teacher).refuses('magpie')): raise InputError(f'general_share is {share}, but: {reason}')
+
+
 def _check_splits(report: dict, context: int, wanted: str) -> None:
     "InputError when a split of a run's conversations is empty, with what is `wanted` instead."
     for row in report['files']:
@@ -757,16 +816,21 @@ def _show_chats(report: dict) -> None:
 
 def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conversations: int = 4000, teacher_answers: int = 400,
             held_out: int = 400, context: int = 256, seed: int = 0, kinds: str | Iterable[str] = _TAUGHT,
-            evaluation: str = '', thoughts: int = 0, chats: str = '', tokenizer: object | None = None) -> Chats:
+            evaluation: str = '', thoughts: int = 0, chats: str = '', tokenizer: object | None = None,
+            general_share: float = 0.0) -> Chats:
     """Conversations for stage 2 as the stage 'chats': `conversations` for training, the first `teacher_answers` of them answered
     by the teacher where it may and can, and `held_out` each for validation and test, answered by their papers.
+
+    So many conversations of the teacher with itself about anything are added for training that they are `general_share` of all, as far
+    as they are of use, and others are held out, see `general_chats`.
 
     `kinds` names the kinds that are mined; '' or 'all' takes all. `evaluation` is a file, folder or pattern of evaluation texts that
     must not be in a conversation ('' = none); the teacher may spend `thoughts` (tokens) before each answer. `chats` is a folder made by
     `build`, whose conversations are taken instead, see `open_chats`. The `tokenizer` says what fits (None = the teacher's).
     InputError when a split yields none.
     """
-    tokenizer, chosen = tokenizer or _writing(teacher).tokenizer, _kinds_of(kinds, mined_kinds)
+    _check_share(general_share, teacher)
+    tokenizer, chosen, parents, extra = tokenizer or _writing(teacher).tokenizer, _kinds_of(kinds, mined_kinds), [corpus.folder], {}
     config = dict(tokenizer=tokenizer_hash(tokenizer), context=context, evaluation=source_hash(evaluation) if evaluation else '')
     if chats:
         given = open_chats(chats, corpus)
@@ -786,6 +850,11 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
                      f'other conversations than {chats}' if chats else 'papers with titles and several sentences')
         if (scratch/'answers.jsonl').exists(): shutil.copy(scratch/'answers.jsonl', folder/'answers.jsonl')
     say(f"instruct: {f'conversations of {chats}' if chats else 'questions out of the papers, answers by the papers and the teacher'}")
-    folder = stage(run, 'chats', config, make, [corpus.folder], resumable=True)
+    if general_share:
+        number = math.ceil(general_share/(1 - general_share)*(len(given['train']) if chats else conversations))
+        parents.append(_prepare_general(run, teacher, tokenizer, number, context, seed, thoughts, evaluation))
+        extra = open_chats(parents[-1])
+    folder = stage(run, 'chats', config, make, parents, resumable=True)
     _show_chats(read_json(folder/'report.json'))
-    return Chats(*(part.to_list() for part in open_chats(folder).values()), folder)
+    train, valid, test = (part.to_list() for part in open_chats(folder).values())
+    return Chats(train + (extra['train'].to_list() if extra else []), valid, test, folder, extra['test'].to_list() if extra else [])

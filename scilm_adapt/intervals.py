@@ -99,6 +99,7 @@ class Subject:
     max_new_tokens: int = 96
     keep: Callable[[str, Callable[[], object]], object] = lambda name, make: make()
     found: dict[str, object] = field(default_factory=dict)
+    teacher: object | None = None     # the model that it learnt from, where that is here
 
     def once(self, name: str, make: Callable[[], object]) -> object:
         "What `make()` gives, found out at the first call with this name."

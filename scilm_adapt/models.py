@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,11 @@ from torch import distributed
 from torch.nn import functional as F
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.utils import cached_file
 
 from .errors import InputError
+from .files import cache_folder, read_manifest, staged_folder
+from .gguf import GET_SMOLLM2, SMOLLM2, gguf_source, open_gguf, read_header, smollm2
 from .tokens import document_ends, end_of_turn, train_tokenizer
 
 # %% ../nbs/15_models.ipynb #35f93feb
@@ -340,36 +343,72 @@ def _set_right(model: PreTrainedModel) -> None:
 
 # %% ../nbs/15_models.ipynb #1d284703
 ZOO = Path(__file__ if '__file__' in globals() else os.path.abspath('../scilm_adapt/models.py')).parent/'zoo'
-zoo = {'zoo:student': ZOO/'student', 'zoo:teacher': ZOO/'teacher'}
+zoo = {'zoo:student': lambda: ZOO/'student', 'zoo:teacher': lambda: ZOO/'teacher', 'smollm2': smollm2}  # built-in name -> where it is
+
+
+def _open(where: str | Path, dtype: torch.dtype, **rounded: object) -> tuple[PreTrainedModel, object, dict]:
+    "Model, tokenizer, and what is said of the loading, from a folder or the Hub: never code that comes with them, never pickles."
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                                                        output_loading_info=True, **rounded)
+    return model, tokenizer, found
+
+
+def _open_gguf(where: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, object, dict]:
+    "See `open_gguf`. The file that `smollm2` knows is multiplied out once and kept in the user's cache, as that takes half a minute."
+    kept = cache_folder()/name.removesuffix('.gguf')
+    known = str(Path(where)/name) == smollm2()
+    if known and read_manifest(kept): return _open(kept, dtype)
+    path = cached_file(where, name)
+    need, free = read_header(path)[1]*dtype.itemsize, _free_memory(torch.device('cpu'))
+    if need > free:
+        raise InputError(f'{path}: its weights take {need/2**30:.1f} GiB when they are multiplied out, and {free/2**30:.1f} GiB of memory '
+                         f'are free; choose a smaller model or a larger machine.')
+    model, tokenizer, found = open_gguf(where, name, dtype)
+    if known and dtype == torch.float32:
+        with suppress(OSError, InputError), staged_folder(kept) as folder: save(LanguageModel(model, tokenizer, name), folder)
+    return model, tokenizer, found
+
+
+def _located(source: str | Path) -> str | Path:
+    "Where a model is: a folder, a GGUF file, or a name on the Hub; InputError for what can be none of them."
+    if str(source).startswith(('http://', 'https://')):
+        raise InputError(f"'{source}' is the address of a server, and a model that is here is wanted; a server answers questions with "
+                         f"`scilm instruct … --teacher`, and its likeliest words are learnt by distill.train(teacher=Endpoint(…)).")
+    folder = Path(source).expanduser()
+    where = zoo[str(source)]() if str(source) in zoo and not folder.is_dir() else folder if folder.is_dir() else source
+    if Path(where).is_dir() and not (Path(where)/'config.json').is_file():
+        files = sorted(path.name for path in Path(where).glob('*.gguf'))
+        advice = f'name the GGUF file in it, such as {Path(source)/files[0]}' if files else 'give a folder written by save_pretrained'
+        raise InputError(f"{source}: this folder holds no model (there is no config.json in it); {advice}.")
+    if not Path(where).is_dir() and str(where).startswith(('.', '/', '~')) and not str(where).endswith('.gguf'):
+        raise InputError(f"{source}: there is no such model folder; check the path, or give a Hub name "
+                         f"such as 'HuggingFaceTB/SmolLM2-135M'.")
+    return where
 
 
 def load(source: str | Path, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
          bits: int | None = None) -> LanguageModel:
-    """A causal language model from a built-in name, a folder or the Hub, in `eval` mode; InputError when it is none.
+    """A causal language model from a built-in name, a folder, a GGUF file (see `gguf_source`) or the Hub, in `eval` mode; else InputError.
 
     `bits` (8 or 4) rounds its matrices, for a teacher: such a model can be asked and not trained. It takes the extra `quantised`.
     """
     device = device or best_device()
-    if str(source).startswith(('http://', 'https://')):
-        raise InputError(f"'{source}' is the address of a server, and a model that is here is wanted; a server answers questions with "
-                         f"`scilm instruct … --teacher`, and its likeliest words are learnt by distill.train(teacher=Endpoint(…)).")
     rounded = _rounding(bits, device, dtype)
-    where = Path(zoo.get(str(source), source)).expanduser()
-    where = where if where.is_dir() else zoo.get(str(source), source)
-    if Path(where).is_dir() and not (Path(where)/'config.json').is_file():
-        raise InputError(f"{source}: this folder holds no model (there is no config.json in it); give a folder written by save_pretrained.")
-    if not Path(where).is_dir() and (str(where).startswith(('.', '/', '~')) or str(source) in zoo):
-        raise InputError(f"{source}: there is no such model folder; check the path, or give a Hub name "
-                         f"such as 'HuggingFaceTB/SmolLM2-135M'.")
+    where = _located(source)
+    gguf = gguf_source(where)
+    if gguf and bits: raise InputError(f'bits is {bits}, but {source} is a GGUF file, whose weights are multiplied out; leave bits at 0.')
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                            output_loading_info=True, **rounded)
-        if missing := sorted(found['missing_keys']):  # the library fills them with chance and goes on
-            raise ValueError(f"{len(missing)} weights are missing in its files, among them {missing[0]}")
+        model, tokenizer, found = _open_gguf(*gguf, dtype) if gguf else _open(where, dtype, **rounded)
+        for wrong, names in dict(missing=found['missing_keys'], shaped=found['mismatched_keys']).items():
+            if names := sorted(map(str, names)):  # the library fills them with chance and goes on
+                what = 'are missing in its files' if wrong == 'missing' else 'have another shape in its files than its configuration says'
+                raise ValueError(f'{len(names)} weights {what}, among them {names[0]}')
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, InputError): raise
+        hint = f'; get it with {GET_SMOLLM2}' if where == SMOLLM2 else ''
         raise InputError(f"'{source}' cannot be loaded as a causal language model: {str(error).strip().splitlines()[0][:300]} "
-                         f"(a model folder, a Hub name, or one of {', '.join(zoo)} is wanted).") from error
+                         f"(a model folder, a GGUF file, a Hub name, or one of {', '.join(zoo)} is wanted{hint}).") from error
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     if rounded: _set_right(model)
     else: model.to(device)

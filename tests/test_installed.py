@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from scilm_adapt.duplicates import fingerprint
-from scilm_adapt.installed import _cache_folder, _docs_record, _docstrings, _paragraphs, installed_docs
+from scilm_adapt.files import cache_folder
+from scilm_adapt.installed import _docs_record, _docstrings, _paragraphs, installed_docs
 from scilm_adapt.papers import split
 
 
@@ -75,6 +76,6 @@ def test_markup_is_read_as_plain_words():
 def test_a_home_that_cannot_be_written_gives_way_to_a_temporary_folder(tmp_path, monkeypatch):
     (tmp_path/'file').touch()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
-    assert _cache_folder().name == 'scilm_adapt' and tmp_path/'file' not in _cache_folder().parents
+    assert cache_folder().name == 'scilm_adapt' and tmp_path/'file' not in cache_folder().parents
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'there'))
-    assert _cache_folder() == tmp_path/'there'/'scilm_adapt' and _cache_folder().is_dir()
+    assert cache_folder() == tmp_path/'there'/'scilm_adapt' and cache_folder().is_dir()
