@@ -2,28 +2,33 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import descent, reader
+from world import descent, of_family, reader
 
 from scilm_adapt import contrast, recipe
-from scilm_adapt.contrast import Recipe, _weighted_sum, batch_maker, contrast_loss, train
+from scilm_adapt.checkpoints import Checkpoints
+from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss, batch_maker, contrast_loss, mixed_rows, train
+from scilm_adapt.divergence import dense_loss
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
-from scilm_adapt.models import weights_hash
+from scilm_adapt.models import hidden_states, logits_of, weights_hash
 from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import encode_document, pack
-from scilm_adapt.training import fit, lm_loss
+from scilm_adapt.tokens import batch_rows, documents_in, encode_document, pack
+from scilm_adapt.training import document_nats, fit, lm_loss, target_states
 
 SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt', 'iron', 'water', 'glass', 'copper', 'helium')
 PAPERS = [dict(id=name, title=f'On {name}', text=f'We study {name} in {number} experiments. The {name} was measured.')
           for number, name in enumerate(SUBJECTS)]
 SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, pairs_weight=0.1, pairs=Pairs(batch=4))
+GENERAL = [dict(id=f'{name} by the sea', title=f'The {name}', text=f'A {name} лежал у моря, and nobody asked what the {name} was.')
+           for name in ('lamp', 'дом', 'boat', 'letter', 'garden')]
 PREFERRED = [Pair(str(n), 'paper', [1, 5, 6 + n], [7, 8, 9 + n, 10], [8, 7, 20 + n, 4]) for n in range(6)]
 
 
@@ -33,13 +38,21 @@ def corpus(tmp_path) -> Corpus:
     return Corpus(dict(train=PAPERS, valid=PAPERS[:1], test=PAPERS[1:2]), dict(train=[], valid=[], test=[]), tmp_path/'corpus')
 
 
+@pytest.fixture
+def mixed(corpus) -> Corpus:
+    return replace(corpus, general=dict(train=GENERAL, valid=[], test=[]))
+
+
 @pytest.fixture(scope='module')
 def student():
     return reader(PAPERS)
 
 
-def packed_papers(student, length: int = 32):
-    return pack([encode_document(student.tokenizer, document(paper)) for paper in PAPERS], length)
+def packed_papers(student, length: int = 32, papers: list[dict] = PAPERS):
+    return pack([encode_document(student.tokenizer, document(paper)) for paper in papers], length)
+
+
+def history_of(folder) -> list[dict]: return read_json(folder/'models'/'contrast'/'history.json')
 
 
 def flat(batch: dict) -> dict[str, torch.Tensor]:
@@ -64,26 +77,180 @@ def test_a_batch_is_a_function_of_seed_and_step(student):
 def test_weighted_sum_reports_parts_and_skips_weight_zero(student):
     seen = []
     def part(model, batch, hidden): return seen.append(hidden) or torch.tensor(3.0)
-    loss = _weighted_sum(dict(a=(2.0, part), again=(0.5, part), b=(0.0, lambda *a: pytest.fail('computed'))))
-    assert loss(student.model, packed_papers(student).batch([0])) == dict(loss=7.5, a=3.0, again=3.0)
+    def weights_at(step): return dict(a=2.0, again=0.5**(step + 1), b=0.0)
+    loss = _weighted_sum(dict(a=part, again=part, b=lambda *a: pytest.fail('computed')), weights_at)
+    batch = packed_papers(student).batch([0])
+    assert loss(student.model, batch) == dict(loss=7.5, a=3.0, again=3.0)
     assert seen[0] is seen[1]  # states are computed once
+    assert loss(student.model, batch | dict(step=torch.tensor(1))) == dict(loss=6.75, a=3.0, again=3.0)
 
 
 @pytest.mark.parametrize('micro_batch', [16, 4, 1])
 def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batch):
     recipe = Recipe(**SETTINGS | dict(steps=1, batch_size=16, token_weight=0.7, pairs_weight=0.3, preference_weight=0.2, margin=0.9,
-                                      pairs=Pairs(batch=6, chunk=4), preference=Preference(batch=3)))
-    batch_at = batch_maker(packed_papers(student), recipe, pair_maker(student.tokenizer, PAPERS, recipe.pairs, 0), PREFERRED)
+                                      pairs=Pairs(batch=6, chunk=4), preference=Preference(batch=3), replay_share=0.3, anchor_weight=0.4))
+    batch_at = batch_maker(packed_papers(student), recipe, pair_maker(student.tokenizer, PAPERS, recipe.pairs, 0), PREFERRED,
+                           packed_papers(student, papers=GENERAL))
+    before = reader(PAPERS, seed=1).model.double()
     found = []
     for rows in (16, micro_batch):
         model, gradients = copy.deepcopy(student.model).double(), {}
         def keep(step, model, gradients=gradients): gradients.update({n: p.detach().clone() for n, p in model.named_parameters()})
-        history = fit(model, batch_at, contrast_loss(recipe), 1, learning_rate=1.0, micro_batch=rows, optimizers=descent, clip=1e9,
+        history = fit(model, batch_at, contrast_loss(recipe, before), 1, learning_rate=1.0, micro_batch=rows, optimizers=descent, clip=1e9,
                       precision='no', on_step_end=keep)
         found.append((history[0], gradients))
     (one, weights), (other, others) = found
-    for name in ('loss', 'lm', 'token', 'pairs', 'preference'): assert other[name] == pytest.approx(one[name], rel=1e-10)
+    for name in ('loss', 'lm', 'token', 'pairs', 'preference', 'anchor'): assert other[name] == pytest.approx(one[name], rel=1e-10)
     assert max((weights[name] - others[name]).abs().max().item() for name in weights) < 1e-10
+
+
+# --- keeping what was there
+
+@pytest.mark.parametrize('share', [0.0, 0.05, 0.1, 1/3, 0.29, 0.5, 0.97])
+@pytest.mark.parametrize('batch_size', [1, 8, 100])
+def test_a_share_of_replay_is_met_over_the_steps_and_no_row_is_left_out(share, batch_size):
+    sizes, recipe = (7, 5), Recipe(replay_share=share, batch_size=batch_size, seed=3)
+    read = [mixed_rows(sizes, recipe, step) for step in range(60)]
+    assert all(len(papers) + len(general) == batch_size for papers, general in read)
+    for step in range(61):
+        replayed = sum(len(general) for _, general in read[:step])
+        assert abs(replayed - share*batch_size*step) <= 0.5 + 1e-9
+    for size, rows in zip(sizes, zip(*read)):  # each kind goes through whole epochs, in orders that differ
+        seen = [number for step in rows for number in step]
+        epochs = [seen[at:at + size] for at in range(0, len(seen) - size + 1, size)]
+        assert all(sorted(epoch) == [*range(size)] for epoch in epochs)
+        assert len(epochs) < 10 or len({*map(tuple, epochs)}) > 5
+    assert read[17] == mixed_rows(sizes, recipe, 17) != mixed_rows(sizes, replace(recipe, seed=4), 17) or batch_size == 1
+
+
+def test_without_replay_the_rows_are_what_they_were(student):
+    packed, recipe = packed_papers(student), Recipe(**SETTINGS | dict(token_weight=0.0, seed=2))
+    for step in range(9):
+        rows = batch_rows(len(packed), 2, step, 2)
+        assert mixed_rows([len(packed)], recipe, step) == [rows]
+        batch, wanted = batch_maker(packed, recipe)(step), packed.batch(rows)
+        assert batch.keys() == wanted.keys() and all(torch.equal(batch[name], wanted[name]) for name in wanted)
+
+
+def test_the_reading_loss_is_the_mean_over_all_tokens_of_both_kinds(student):
+    sources = [packed_papers(student), packed_papers(student, papers=GENERAL)]
+    recipe, general = Recipe(batch_size=4, replay_share=0.3, token_weight=0.0), 0
+    batch_at = batch_maker(sources[0], recipe, general=sources[1])
+    for step in range(3):
+        nats, tokens, named, rows = 0.0, 0, [], mixed_rows([*map(len, sources)], recipe, step)
+        for packed, records, numbers in zip(sources, (PAPERS, GENERAL), rows):
+            for number in numbers:
+                one = packed.batch([number])
+                nats, tokens = nats + lm_loss(student.model, one).item()*int(one['count']), tokens + int(one['count'])
+            named += [records[number]['id'] for number in sorted({*documents_in(packed, numbers)})]
+        batch, general = batch_at(step), general + len(rows[1])
+        assert int(batch['count']) == tokens and lm_loss(student.model, batch).item() == pytest.approx(nats/tokens, rel=1e-5)
+        assert _records_at(sources, [PAPERS, GENERAL], recipe, step) == named
+    assert general == 4  # 0.3 of 12 rows
+
+
+def test_replay_reads_general_text_and_keeps_its_tokens_apart(tmp_path, mixed, student):
+    settings = SETTINGS | dict(steps=40, pairs_weight=0.0, learning_rate=5e-3)
+    ids = [encode_document(student.tokenizer, document(one)) for one in GENERAL]
+    plain, replayed = (train(Run(tmp_path/str(share)), student, mixed, **settings, replay_share=share) for share in (0.0, 0.5))
+    assert document_nats(replayed, ids).sum() < 0.8*document_nats(plain, ids).sum()
+    assert (tmp_path/'0.5'/'general-tokens').is_dir() and not (tmp_path/'0.0'/'general-tokens').exists()
+
+
+def test_replay_names_the_general_texts_of_a_bad_step(tmp_path, mixed, student, monkeypatch):
+    real = contrast.contrast_loss
+    def spoilt(*arguments):
+        loss = real(*arguments)
+        return lambda model, batch: {name: value*math.nan for name, value in loss(model, batch).items()}
+    monkeypatch.setattr(contrast, 'contrast_loss', spoilt)
+    with pytest.raises(FloatingPointError, match='its records: .*by the sea'):
+        train(Run(tmp_path/'run'), student, mixed, **SETTINGS | dict(pairs_weight=0.0, batch_size=4), replay_share=0.5)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'opt', 'cohere'])  # plain, with a soft cap, with leaking rows, with scaled logits
+@pytest.mark.parametrize('at_once', [2**23, 1000])
+def test_the_anchor_is_the_forward_kl_of_stage_2(student, monkeypatch, family, at_once):
+    "Against the divergence from all logits at once: value, and gradient with respect to every weight."
+    monkeypatch.setattr(contrast, '_AT_ONCE', at_once)
+    before = of_family(family, student.tokenizer).model.requires_grad_(True)
+    batch = packed_papers(student).batch([0, 2, 3])
+    models = [copy.deepcopy(before) for _ in range(2)]
+    for model in models:
+        chance = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters(): weight += 0.02*torch.randn(weight.shape, generator=chance, dtype=weight.dtype)
+    found = anchor_loss(models[0], before, batch, hidden_states(models[0], batch))
+    logits = [logits_of(model, target_states(hidden_states(model, batch), batch)[0]) for model in (models[1], before)]
+    wanted = dense_loss(*logits, torch.ones(len(logits[0]), dtype=torch.bool), 'forward_kl', count=batch['count'])
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-9) and wanted > 1e-3
+    found.backward()
+    wanted.backward()
+    for one, other in zip(*(model.parameters() for model in models)):
+        if other.grad is None: assert one.grad is None
+        else: torch.testing.assert_close(one.grad, other.grad, rtol=1e-7, atol=1e-10)
+    assert not any(weight.grad is not None for weight in before.parameters())  # it is only asked
+
+
+def test_the_anchor_holds_no_table_of_tokens_and_words(student, monkeypatch):
+    batch, before, kept = packed_papers(student).batch([0, 1, 2]), reader(PAPERS, seed=1).model, []
+    monkeypatch.setattr(contrast, '_AT_ONCE', 5*len(student.tokenizer))
+    hidden, head = hidden_states(student.model, batch), student.model.get_output_embeddings().weight
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        anchor_loss(student.model, before, batch, hidden)
+    assert 0 < max(kept) <= max(hidden.numel(), head.numel()) < batch['count']*len(student.tokenizer)
+
+
+@pytest.mark.parametrize('way', [
+    {}, dict(lora_rank=2), dict(gradient_checkpointing=True), dict(replay_share=0.5, micro_batch=1), dict(token_weight=0.5)],
+    ids=lambda way: ' '.join(way) or 'plain')
+def test_the_anchor_weakens_step_by_step_and_leaves_the_student_alone(tmp_path, mixed, student, way):
+    before = weights_hash(student.model)
+    settings = SETTINGS | dict(steps=4, pairs_weight=0.0, learning_rate=5e-3, anchor_weight=2.0, anchor_decay=0.5) | way
+    train(Run(tmp_path/'run'), student, mixed, **settings)
+    history = history_of(tmp_path/'run')
+    assert history[0]['anchor'] == pytest.approx(0, abs=1e-6) and all(row['anchor'] > 1e-7 for row in history[1:])
+    for row in history:
+        rest = row['lm'] + settings.get('token_weight', 0.0)*row.get('token', 0.0)
+        assert row['loss'] == pytest.approx(rest + 2.0*0.5**row['step']*row['anchor'], rel=1e-5)
+    assert weights_hash(student.model) == before and not student.model.training
+    assert all(weight.grad is None for weight in student.model.parameters())
+
+
+def test_an_anchor_keeps_the_model_near_also_when_that_is_in_16_bits(tmp_path, corpus, student):
+    short = replace(student, model=copy.deepcopy(student.model).bfloat16())
+    for name, lm in dict(exact=student, short=short).items():
+        last = {}
+        for weight in (0.0, 20.0):
+            settings = SETTINGS | dict(steps=12, pairs_weight=0.0, learning_rate=5e-3, anchor_weight=weight)
+            found = train(Run(tmp_path/f'{name}-{weight}'), lm, corpus, **settings)
+            batch = packed_papers(student).batch([0, 1])
+            last[weight] = anchor_loss(found.model, student.model, batch, hidden_states(found.model, batch)).item()
+        assert 0 < last[20.0] < 0.3*last[0.0]
+        assert history_of(tmp_path/f'{name}-20.0')[0]['anchor'] < 1e-3  # what 16 bits round
+
+
+class Killed(BaseException):
+    "Raised in place of a kill -9."
+
+
+def test_with_replay_and_an_anchor_a_stopped_training_comes_to_the_same_weights(tmp_path, mixed, student, monkeypatch):
+    settings = SETTINGS | dict(steps=7, replay_share=0.3, anchor_weight=1.0, anchor_decay=0.9)
+    whole = weights_hash(train(Run(tmp_path/'whole'), student, mixed, **settings).model)
+    monkeypatch.setattr(recipe, 'Checkpoints', partial(Checkpoints, steps=2))
+    real, at, steps = contrast.batch_maker, [3, 6], []
+    def dying(*arguments):
+        batch_at = real(*arguments)
+        def of(step):
+            steps.append(step)
+            if at and step == at[0]: raise Killed(at.pop(0))
+            return batch_at(step)
+        return of
+    monkeypatch.setattr(contrast, 'batch_maker', dying)
+    for _ in range(2):
+        with pytest.raises(Killed): train(Run(tmp_path/'stopped'), student, mixed, **settings)
+    stopped = train(Run(tmp_path/'stopped'), student, mixed, **settings)
+    assert weights_hash(stopped.model) == whole and steps == [0, 1, 2, 3, 2, 3, 4, 5, 6, 6]
+    assert [row['step'] for row in history_of(tmp_path/'stopped')] == [*range(7)]
 
 
 # --- the stage
@@ -110,14 +277,15 @@ def test_a_stage_that_holds_is_opened_and_not_trained_again(tmp_path, corpus, st
     assert weights_hash(train(run, student, corpus, **SETTINGS).model) == weights_hash(first.model) and not calls
     other = reader(PAPERS, seed=1)
     hotter = Pairs(batch=4, temperature=0.1)
-    for change in (dict(pairs_weight=0.2), dict(pairs=hotter), dict(seed=1), dict(token_weight=0.3), dict(student=other)):
+    for change in (dict(pairs_weight=0.2), dict(pairs=hotter), dict(seed=1), dict(token_weight=0.3), dict(anchor_weight=0.1),
+                   dict(anchor_weight=0.1, anchor_decay=0.9), dict(student=other)):
         train(run, **(dict(student=student, corpus=corpus) | SETTINGS | change))
-    assert len(calls) == 5
+    assert len(calls) == 7
     train(run, other, corpus, **SETTINGS, trackers='tensorboard')  # who watches changes nothing
-    assert len(calls) == 5
+    assert len(calls) == 7
     write_text(corpus.folder/'science.jsonl', 'another corpus')
     train(run, other, corpus, **SETTINGS)
-    assert len(calls) == 6
+    assert len(calls) == 8
 
 
 def test_the_same_stage_gives_the_same_weights(tmp_path, corpus, student):
@@ -126,7 +294,7 @@ def test_the_same_stage_gives_the_same_weights(tmp_path, corpus, student):
 
 
 def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, corpus, student, monkeypatch):
-    for part in ('pair_maker', 'token_contrast', 'preference_part'):
+    for part in ('pair_maker', 'token_contrast', 'preference_part', 'anchor_loss'):
         monkeypatch.setattr(contrast, part, lambda *a, **k: pytest.fail('made'))
     monkeypatch.setattr(contrast.preferences, 'prepare', lambda *a: pytest.fail('preferences were made'))
     untitled = replace(corpus, science=corpus.science | dict(train=[paper | dict(title='', text=document(paper)) for paper in PAPERS]))
@@ -134,7 +302,7 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
     row = read_json(tmp_path/'run'/'models'/'contrast'/'history.json')[0]
     batch = batch_maker(packed_papers(student, 48), Recipe(**SETTINGS | dict(token_weight=0)))(0)
     with torch.no_grad(): first = lm_loss(student.model, batch)
-    assert not {'pairs', 'token', 'preference'} & row.keys() and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
+    assert not {'pairs', 'token', 'preference', 'anchor'} & row.keys() and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize('common, weight', [(0.0, 0.0), (3.0, 1.0)])
@@ -181,6 +349,14 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(pairs_weight=-1.0), r'pairs_weight is -1.0'),
     (dict(token_weight=math.nan), r'token_weight is nan'),
     (dict(lora_rank=-1), r'lora_rank is -1'),
+    (dict(replay_share=1.0), r'replay_share is 1.0.*less than 1'),
+    (dict(replay_share=-0.1), r'replay_share is -0.1.*from 0'),
+    (dict(replay_share=math.nan), r'replay_share is nan'),
+    (dict(replay_share=0.1), r'replay_share is 0.1 and there is no general text.*set replay_share to 0'),
+    (dict(anchor_weight=-1.0), r'anchor_weight is -1.0'),
+    (dict(anchor_weight=math.inf), r'anchor_weight is inf'),
+    (dict(anchor_decay=0.0), r'anchor_decay is 0.0.*above 0 and up to 1'),
+    (dict(anchor_decay=1.01), r'anchor_decay is 1.01'),
     (dict(margin=0.0), r'margin is 0.0'),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
     (dict(pairs=Pairs(batch=1)), r'batch=1.*at least 2'),

@@ -10,7 +10,7 @@ from scilm_adapt.decoding import next_probabilities
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, respond, stop_ids, to_answer
 from scilm_adapt.models import LanguageModel, build, load, logits_of, save
-from scilm_adapt.task_arithmetic import _proxy_nats, _proxy_respond, chat_vector
+from scilm_adapt.task_arithmetic import _proxy_nats, _proxy_respond, chat_vector, check_interpolation, interpolate
 from scilm_adapt.teacher import LiveTeacher, ShiftedTeacher
 from scilm_adapt.tokens import _CHATML, TURN_END, TURN_START, encode_chat, train_tokenizer
 from scilm_adapt.training import document_nats
@@ -153,6 +153,49 @@ def test_what_does_not_matter_may_differ_and_a_strength_is_a_number():
     silent = replace(three[1], tokenizer=copy.deepcopy(TOKENIZER))
     silent.tokenizer.chat_template = None
     with pytest.raises(InputError, match='no chat template'): chat_vector(three[0], silent, three[2])
+
+
+# --- interpolation ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox'])
+@pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 1.0])
+def test_every_number_lies_between_the_two(family, share):
+    before, after = (lm_of(seed, family) for seed in range(2))
+    states = [copy.deepcopy(lm.model.state_dict()) for lm in (before, after)]
+    result = interpolate(before, after, share)
+    for name, weight in result.model.state_dict().items():
+        torch.testing.assert_close(weight, (1 - share)*states[0][name] + share*states[1][name], rtol=1e-5, atol=1e-6)
+        if share in (0, 1): assert torch.equal(weight, states[int(share)][name])
+    assert result.model.get_output_embeddings().weight is result.model.get_input_embeddings().weight, 'tied weights stay tied'
+    for lm, state in zip((before, after), states):
+        assert all(torch.equal(weight, state[name]) for name, weight in lm.model.state_dict().items()), 'the given models are not changed'
+    assert result.tokenizer is not after.tokenizer and result.tokenizer.chat_template == after.tokenizer.chat_template
+    assert result.name == f'{share:g} of the way from lm0 to lm1'
+
+
+def test_between_16_bits_it_is_32_and_the_result_can_be_kept(tmp_path):
+    before, after = (replace(untied(lm_of(seed)), model=untied(lm_of(seed)).model.to(torch.bfloat16)) for seed in range(2))
+    result = interpolate(before, after, 0.3)
+    one, other, head = (lm.model.get_output_embeddings().weight for lm in (before, after, result))
+    torch.testing.assert_close(head, 0.7*one.float() + 0.3*other.float(), rtol=1e-6, atol=1e-6)
+    assert head.dtype == torch.float32 and head is not result.model.get_input_embeddings().weight
+    opened = load(save(result, tmp_path/'between'), 'cpu')
+    assert all(torch.equal(weight, opened.model.state_dict()[name]) for name, weight in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.1, float('nan'), float('inf')])
+def test_a_share_is_between_none_and_all(share):
+    with pytest.raises(InputError, match=f'The interpolation is {share}; .* from 0 .* to 1'): interpolate(lm_of(0), lm_of(1), share)
+    with pytest.raises(InputError, match='The interpolation is'): check_interpolation(share)
+
+
+@pytest.mark.parametrize(('changed', 'sentence'), [
+    (lambda lm: lm_of(5, hidden=48), "'lm0' and 'lm5' are built differently: the setting head_dim is 8 and 12"),
+    (lambda lm: lm_of(5, 'gpt2'), "'lm0' and 'lm5' are built differently: the setting"), (untied, 'the setting tie_word_embeddings is'),
+    (lambda lm: with_turns(lm, len(TOKENIZER) + 8), "the weight .* is"),
+    (lambda lm: replace(lm, tokenizer=train_tokenizer(['тепло и свет'], len(TOKENIZER))), 'have different vocabularies')])
+def test_nothing_lies_between_models_of_different_makes(changed, sentence):
+    with pytest.raises(InputError, match=sentence): interpolate(lm_of(0), changed(lm_of(1)), 0.5)
 
 
 # --- proxy tuning -----------------------------------------------------------------------------------------------------------------
