@@ -114,7 +114,8 @@ def _tally(result: dict) -> str:
             f"by chance alone if nothing had changed.")
 
 # %% ../nbs/38_report.ipynb #e61ff651
-_PARTS = dict(loss='loss', lm='papers, next word (nats)', token='tokens of a text apart', pairs='titles told apart (nats per pair)',
+_PARTS = dict(loss='loss', lm='papers, next word (nats)', token='tokens of a text apart', anchor='distance from before (nats)',
+             pairs='titles told apart (nats per pair)',
              preference='real against spoilt', distil='divergence from the teacher', answers='words of the answers (nats)',
              on_policy='divergence on its own answers', retention='papers, next word (nats)', reference='divergence from stage 1')
 _NOT_PARTS = {'step', 'learning_rate', 'grad_norm', 'tokens_per_second', 'skipped'}  # nor is what tells of the student's answers
@@ -416,7 +417,7 @@ def _report_blocks(run: Run, result: dict, config: dict, corpus: Corpus) -> list
 # %% ../nbs/38_report.ipynb #90708007
 # What stage 1 asks beside reading, by the part of its loss.
 _BESIDE = dict(token='by pushing the tokens of a text apart', pairs='by telling which texts belong together',
-              preference='by telling how papers go on from how they do not')
+              preference='by telling how papers go on from how they do not', anchor='by staying near the student as it was')
 
 
 def _trained_by(run: Run, name: str) -> set[str]:
@@ -428,12 +429,13 @@ def _role_sentence(role: str, run: Run) -> str:
     "What a model of this role is, by how the models of this run were trained."
     beside = [text for part, text in _BESIDE.items() if part in _trained_by(run, 'contrast')]
     learnt = _trained_by(run, 'distilled')
+    general = ' and conversations about anything that the teacher had with itself' if (run.folder/'general-chats').is_dir() else ''
     taught = 'distilled from an aligned teacher on' if {'distil', 'on_policy'} & learnt else 'taught the answers to'
     return dict(base='The student before any adaptation, kept for comparison.',
                 contrast=f"The student after stage 1: fine-tuned on scientific texts by language modelling"
                          f"{', and ' if beside else ' alone'}{' and '.join(beside)}.",
                 distilled=f'The student after both stages: fine-tuned on scientific texts, then {taught} questions made out of the same '
-                          f'texts.',
+                          f'texts{general}.',
                 teacher='The teacher of stage 2, unchanged, kept for comparison.',
                 reference='A model that has no part in the run, measured for comparison.')[role]
 

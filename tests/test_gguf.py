@@ -32,7 +32,7 @@ def small(family: str, seed: int = 0, **more) -> LanguageModel:
     tokenizer = digits(train_tokenizer(TEXTS, 400))
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                  max_position_embeddings=128)
-    if family == 'gpt2': sizes = dict(n_embd=64, n_inner=256, n_layer=2, n_head=4, n_positions=128)
+    if family == 'gpt2': sizes = dict(n_embd=64, n_inner=256, n_layer=2, n_head=4, n_positions=1024)
     if family == 'qwen2': del sizes['head_dim']
     if family == 'qwen3': sizes['head_dim'] = 128  # which transformers takes for granted
     torch.manual_seed(seed)
