@@ -72,18 +72,21 @@ def block_influence(lm: LanguageModel, texts: Sequence[str], context: int = 512,
     """For each block [layers], 1 - the mean cosine of its input and output states over all tokens of `texts` (arXiv:2403.03853, eq. 1).
 
     They are packed into rows of `context` tokens, or as many as the model was built for, and read so many `rows` at a time. A block with
-    influence 0 does nothing. InputError for no texts, and for a model whose blocks are not found.
+    influence 0 does nothing; a state of zeros has no angle and does not count. InputError for no texts, and for a model whose blocks
+    are not found.
     """
     _check_texts(texts)
     blocks, packed = _blocks(lm.model)[1], pack([*encode_documents(lm.tokenizer, texts)], min(context, lm.context))
     habits(lm.model)  # asked before anything is counted
-    device, sums, seen = next(lm.model.parameters()).device, torch.zeros(len(blocks), dtype=torch.float64), {}
+    device, sums, seen = next(lm.model.parameters()).device, torch.zeros(len(blocks), 2, dtype=torch.float64), {}
     def begin(module, args, named) -> None:  # a family that cannot pack reads each document in a row of its own, with a mask
         seen['real'] = (seen['segments'] if named.get('attention_mask') is None else named['attention_mask']) > 0
     def note(number: int) -> Callable:
         def add(module, args, named, found) -> None:
             before, after = (states[seen['real']].flatten(1).double() for states in (_taken(args, named), _given(found)))
-            sums[number] += torch.cosine_similarity(before, after).sum().cpu()
+            known = before.any(-1) & after.any(-1)
+            cosines = torch.cosine_similarity(before[known], after[known])
+            sums[number] += torch.stack([cosines.sum(), known.sum()]).cpu()
         return add
     hooks = [block.register_forward_hook(note(number), with_kwargs=True) for number, block in enumerate(blocks)]
     hooks.append(lm.model.base_model.register_forward_pre_hook(begin, with_kwargs=True))
@@ -95,7 +98,7 @@ def block_influence(lm: LanguageModel, texts: Sequence[str], context: int = 512,
                 hidden_states(lm.model, batch)
     finally:
         for hook in hooks: hook.remove()
-    return 1 - sums.numpy()/packed.lengths.sum()
+    return (1 - sums[:, 0]/sums[:, 1]).numpy()
 
 # %% ../nbs/41_shrink.ipynb #889393fb
 def influence_figure(influence: np.ndarray, dropped: Sequence[int] = ()) -> object:
@@ -103,7 +106,7 @@ def influence_figure(influence: np.ndarray, dropped: Sequence[int] = ()) -> obje
     import matplotlib.pyplot as plt  # not for whoever only trains
     figure_theme()
     figure, axis = plt.subplots(figsize=(7, 3), layout='constrained')
-    for layers, color, label in (([n for n in range(len(influence)) if n not in dropped], 'C0', 'stays'), (dropped, '0.75', 'taken out')):
+    for layers, color, label in (([n for n in range(len(influence)) if n not in dropped], 'C1', 'stays'), (dropped, '0.75', 'taken out')):
         if len(layers): axis.bar(layers, np.asarray(influence)[[*layers]], color=color, label=f'{label} ({len(layers)})')
     axis.set_xlabel('layer')
     axis.set_ylabel('influence (1 − cosine)')
@@ -299,6 +302,7 @@ def _grammar(tokenizer: PreTrainedTokenizerBase) -> _Grammar:
     return _GRAMMARS[steps['model']['type']](steps)
 
 # %% ../nbs/41_shrink.ipynb #c0cea2dd
+# A template shows what it writes: here without content, of one turn and of two, with and without a system's message.
 _TURNS = [dict(role='user', content=''), dict(role='assistant', content='')]
 _SHAPES = [_TURNS, _TURNS*2, [dict(role='system', content=''), *_TURNS]]
 
