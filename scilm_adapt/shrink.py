@@ -32,6 +32,7 @@ from .runs import figure_theme
 from .tokens import control_tokens, encode, encode_documents, encode_stream, lay_out, pack
 
 # %% ../nbs/41_shrink.ipynb #2a12da17
+_FIRST = 'first_k_dense_replace', 'num_dense_layers'  # settings that say how many of the first blocks are of another kind
 _DEPTH = 'num_hidden_layers', 'num_blocks'  # settings that say how many blocks there are; the library finds n_layer and the like by them
 
 
@@ -63,9 +64,9 @@ def _taken(args: tuple, named: dict) -> torch.Tensor:
     return args[0] if args else named['hidden_states']
 
 
-def _given(found: torch.Tensor | tuple) -> torch.Tensor:
+def _given(found: torch.Tensor | tuple | list) -> torch.Tensor:
     "The states that a block gave, alone or before other things."
-    return found[0] if isinstance(found, tuple) else found
+    return found if torch.is_tensor(found) else found[0]
 
 
 def block_influence(lm: LanguageModel, texts: Sequence[str], context: int = 512, rows: int = 4) -> np.ndarray:
@@ -126,6 +127,7 @@ def _cut_setting(name: str, value: object, kept: list[int], layers: int, fractio
     if name == 'attention_types' and value:
         kinds = [kind for group, times in value for _ in range(times) for kind in group]
         return [[[kinds[n]], 1] for n in kept]
+    if name in _FIRST and type(value) is int: return sum(n < value for n in kept)
     if isinstance(value, str): return ''.join(value[n] for n in kept) if 'pattern' in name and len(value) == layers else value
     if not isinstance(value, list) or not value: return value
     if _are_places(name, value, layers): return [kept.index(n) for n in value if n in kept]
@@ -173,7 +175,7 @@ def _bypassed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     "A context in which these blocks give back the states that they get."
     def back(module, args, named, found):
         states = _taken(args, named)
-        return (states, *found[1:]) if isinstance(found, tuple) else states
+        return states if torch.is_tensor(found) else type(found)([states, *found[1:]])
     hooks = [block.register_forward_hook(back, with_kwargs=True) for block in blocks]
     try: yield
     finally:
@@ -210,7 +212,8 @@ def _without(model: PreTrainedModel, kept: list[int]) -> Callable[[str, torch.Si
     prefix, tensors = _blocks(model)[0], _tensors(model)
     def tensor_of(name: str, shape: torch.Size) -> torch.Tensor:
         old = re.sub(rf'^{re.escape(prefix)}\.(\d+)', lambda found: f'{prefix}.{kept[int(found[1])]}', name)
-        if old not in tensors or tensors[old].shape != shape: raise ValueError(f'it has no {old} of shape {tuple(shape)}')
+        if old not in tensors or tensors[old].shape != shape:
+            raise ValueError(f'a model with the rest would want {old} of shape {tuple(shape)}')
         return tensors[old].clone()
     return tensor_of
 
@@ -432,16 +435,16 @@ def _rows(model: PreTrainedModel, kept: list[int]) -> Callable[[str, torch.Size]
     tensors, size = _tensors(model), len(model.get_input_embeddings().weight)
     def tensor_of(name: str, shape: torch.Size) -> torch.Tensor:
         old = tensors[name]
-        if old.shape == shape: return old.clone()
-        if len(old) != size or shape != (len(kept), *old.shape[1:]): raise ValueError(f'{name} would have the shape {tuple(shape)}')
+        if size not in old.shape[:1] or len(kept) == size: return old.clone()
+        if shape != (len(kept), *old.shape[1:]): raise ValueError(f'its {name} has a row for each token, too')
         return old[torch.tensor(kept, device=old.device)]
     return tensor_of
 
 
 def _reads_alike(model: PreTrainedModel, kept: list[int], new: PreTrainedModel) -> bool:
     "Whether `new` gives texts of the `kept` tokens the model's logits of these."
-    ids = short_documents(new)
-    olds = torch.tensor(kept, device=ids.device)
+    olds = torch.tensor(kept, device=next(model.parameters()).device)
+    ids = torch.linspace(0, len(kept) - 1, 32, dtype=torch.float64).long().view(4, 8).to(olds)  # up to the last, whose id has changed most
     return distance(_logits(new, ids), _logits(model, olds[ids])[..., olds]) <= rounding_error(model)/8
 
 

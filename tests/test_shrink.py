@@ -16,8 +16,8 @@ from test_families import PROMPTS, written
 from test_tokens import TOKENIZERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
-from world import FAMILIES, of_family
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from world import FAMILIES, HEADS, of_family
 
 from scilm_adapt.alignment import PLAIN as TEMPLATE
 from scilm_adapt.decoding import DECODERS
@@ -330,6 +330,22 @@ def test_the_most_frequent_tokens_are_kept_first():
         if size > sizes[0] + 12: assert TOKENIZER.convert_tokens_to_ids(words_of(TOKENIZER, ' волна')[-1]) in kept
         last = kept
     assert len(last) > sizes[1] - 5 and kept_tokens(TOKENIZER, texts, at_most=10**6) == kept_tokens(TOKENIZER, texts)
+
+
+@pytest.mark.parametrize('rows, said', [(480, 'its model.embed_tokens_per_layer.weight has a row for each token, too'),
+                                        (500, 'it has other weights for each token than embedding and head')])
+def test_further_tables_of_words_are_found(rows, said):
+    "By their shape, and where that tells nothing, by what the model computes."
+    wide = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=rows, laurel_rank=4, num_kv_shared_layers=0,
+                layer_types=['full_attention']*2, activation_sparsity_pattern=[0.0]*2)
+    config = AutoConfig.for_model('gemma3n_text', vocab_size=480, pad_token_id=0, bos_token_id=0, eos_token_id=0, **HEADS | wide)
+    torch.manual_seed(0)
+    lm = LanguageModel(AutoModelForCausalLM.from_config(config).eval(), TOKENIZER, 'gemma3n')
+    for parameter in lm.model.parameters(): parameter.data.normal_(std=0.3)
+    kept = kept_tokens(TOKENIZER, TEXTS[::2])
+    assert refusal(cut_vocabulary, lm, kept) == (f"The vocabulary of 'gemma3n' cannot be cut: {said}; keep all tokens, or choose a model "
+                                                 f"of another family.")
+    assert 'want model.embed_tokens_per_layer.weight of shape' in refusal(drop_layers, lm, [0])
 
 
 def test_a_vocabulary_that_cannot_be_cut_is_refused():
