@@ -486,17 +486,23 @@ class Shrunk:
                 f'{len(self.kept):,} tokens, texts {longer:.1%} longer')
 
 
+def _spread(texts: Sequence[str], number: int) -> list[str]:
+    "That many of the texts, or all if there are fewer, evenly spaced."
+    return [texts[n] for n in np.linspace(0, len(texts) - 1, min(number, len(texts))).astype(int)]
+
+
 def _mean_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
     "Mean number of tokens of a text."
     return sum(map(len, encode_stream(tokenizer, texts)))/len(texts)
 
 
 def shrink(lm: LanguageModel, texts: Sequence[str], layers: int | None = None, tokens: int | None = None,
-           conversations: Iterable[list[dict]] = (), context: int = 512) -> Shrunk:
+           conversations: Iterable[list[dict]] = (), probe: int = 64, context: int = 512) -> Shrunk:
     """A copy of a model with `layers` layers, those of least influence on `texts` taken out, and at most `tokens` tokens.
 
     None leaves all as they are; `tokens` = len(tokenizer) keeps all that texts and `conversations` use. See `block_influence`,
-    `drop_layers`, `kept_tokens` and `cut_vocabulary`. InputError, before any work, for what the model or its tokenizer cannot be.
+    `drop_layers`, `kept_tokens` and `cut_vocabulary`. Influence is measured on `probe` of the texts, evenly spaced, and the length of
+    texts on a thousand. InputError, before any work, for what the model or its tokenizer cannot be.
     """
     _check_plain(lm)
     _check_texts(texts)
@@ -504,9 +510,9 @@ def shrink(lm: LanguageModel, texts: Sequence[str], layers: int | None = None, t
     if layers is not None and not 1 <= layers <= depth:
         raise InputError(f"layers is {layers}, and '{lm.name}' has {depth}; set how many remain, from 1 to {depth}.")
     kept = sorted(lm.tokenizer.get_vocab().values()) if tokens is None else kept_tokens(lm.tokenizer, texts, tokens, conversations)
-    influence = block_influence(lm, texts, context)
+    influence = block_influence(lm, _spread(texts, probe), context)
     dropped = sorted(np.argsort(influence, kind='stable')[:depth - (layers or depth)].tolist())
     small = drop_layers(lm, dropped) if dropped else lm
     if tokens is not None: small = cut_vocabulary(small, kept)
     return Shrunk(small, influence, dropped, kept, (parameter_count(lm.model), parameter_count(small.model)),
-                  (_mean_tokens(lm.tokenizer, texts), _mean_tokens(small.tokenizer, texts)))
+                  tuple(_mean_tokens(tokenizer, _spread(texts, 1000)) for tokenizer in (lm.tokenizer, small.tokenizer)))
