@@ -249,8 +249,7 @@ def drop_layers(lm: LanguageModel, drop: Sequence[int]) -> LanguageModel:
 # %% ../nbs/41_shrink.ipynb #e05eb8a4
 @dataclass(frozen=True)
 class _Grammar:
-    "How a fast tokenizer makes its tokens: pieces with their ids, what each is made of, and the ids that it cannot be without."
-    pieces: dict[str, int]
+    "How a fast tokenizer makes its tokens: the ids that each is made of, if any, and those without which some text could not be written."
     parts: dict[int, set[int]]
     alphabet: set[int]
 
@@ -272,17 +271,16 @@ def _of_merges(steps: dict) -> _Grammar:
         parts.setdefault(pieces[left + right.removeprefix(inner)], set()).update((pieces[left], pieces[right]))
     if '"ByteLevel"' in json.dumps([steps['pre_tokenizer'], steps['normalizer']]): letters = pre_tokenizers.ByteLevel.alphabet()
     else: letters = [token for token, n in pieces.items() if n not in parts] if not model['byte_fallback'] else _BYTES
-    return _Grammar(pieces, parts, {pieces[letter] for letter in [*letters, '▁', model['unk_token']] if letter in pieces})
+    return _Grammar(parts, {pieces[letter] for letter in [*letters, '▁', model['unk_token']] if letter in pieces})
 
 
 def _of_scores(steps: dict) -> _Grammar:
     "The grammar of a Unigram model."
     model = steps['model']
     pieces, scores = {token: n for n, (token, _) in enumerate(model['vocab'])}, [score for _, score in model['vocab']]
-    parts = {n: {pieces[letter] for letter in token if letter in pieces} for token, n in pieces.items()}
     letters = [token for token in pieces if len(token) == 1] if not model['byte_fallback'] else _BYTES
     special = {int(np.argmin(scores))} | ({model['unk_id']} - {None})
-    return _Grammar(pieces, parts, {pieces[letter] for letter in [*letters, '▁'] if letter in pieces} | special)
+    return _Grammar({}, {pieces[letter] for letter in [*letters, '▁'] if letter in pieces} | special)
 
 
 _BYTES = [f'<0x{byte:02X}>' for byte in range(256)]  # as sentencepiece writes them

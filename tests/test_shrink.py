@@ -24,7 +24,7 @@ from scilm_adapt.decoding import DECODERS
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import LanguageModel, context_of, distance, load, parameter_count, same_vocabulary, save, tiny
 from scilm_adapt.shrink import block_influence, cut_tokenizer, cut_vocabulary, drop_layers, influence_figure, kept_tokens, shrink
-from scilm_adapt.tokens import control_tokens, encode, encode_chat, encode_document, end_of_turn, train_tokenizer
+from scilm_adapt.tokens import control_tokens, encode, encode_chat, encode_document, encode_many, end_of_turn, train_tokenizer
 
 ENGLISH = ['Heat flows from warm bodies to cold ones, and never back by itself.', 'Light is a wave and light is a particle.',
            'Salt dissolves in water, and iron does not.']
@@ -278,11 +278,25 @@ def test_conversations_are_laid_out_as_before():
         assert {*encode_chat(full, [dict(chat[1], content='')], True)[0]} <= {*kept_tokens(full, ['a'])}
 
 
-@settings(max_examples=40)
+def test_the_parts_of_all_merges_that_give_a_token_are_kept():
+    "With those of one of them alone, the last text would become ba, bc."
+    merges = [('a', 'b'), ('b', 'a'), ('b', 'c'), ('ab', 'c'), ('a', 'bc')]
+    vocabulary = {token: n for n, token in enumerate(['</s>', 'a', 'b', 'c', 'ab', 'ba', 'bc', 'cc', 'abc'])}
+    full = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [*merges, ('c', 'c')])), eos_token='</s>')
+    cut = cut_tokenizer(full, kept_tokens(full, ['abc', 'ba']))
+    assert [*cut.get_vocab()].count('cc') == 0 and len(cut) == 8 and words_of(full, 'babc') == words_of(cut, 'babc') == ['b', 'abc']
+
+
+def every_text(letters: str) -> list[str]:
+    "All texts of one to five of these letters."
+    return [''.join(text) for length in range(1, 6) for text in itertools.product(letters, repeat=length)]
+
+
+@settings(max_examples=200)
 @given(pairs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=2, max_size=8), chosen=st.sets(st.integers(0, 10)),
        whole=st.booleans())
 def test_merges_stay_closed_whatever_they_are(pairs, chosen, whole):
-    "Small random grammars, in which several merges give one token; against every text of up to six letters."
+    "Small random grammars, in which several merges give one token; against every text of up to five letters."
     tokens, merges = ['a', 'b', 'c'], []
     for one, other in pairs:
         pair = tokens[one % len(tokens)], tokens[other % len(tokens)]
@@ -293,27 +307,27 @@ def test_merges_stay_closed_whatever_they_are(pairs, chosen, whole):
     wanted = [tokens[n % len(tokens)] for n in chosen] or ['a']
     kept = kept_tokens(full, wanted)
     cut, exact = cut_tokenizer(full, kept), 0
-    for text in map(''.join, itertools.chain.from_iterable(itertools.product('abc', repeat=n) for n in range(1, 6))):
-        ids = encode(full, text)
-        if {*ids} <= {*kept}: assert encode(cut, text) == [kept.index(i) for i in ids], (text, merges)
+    for text, ids, found in zip(texts := every_text('abc'), encode_many(full, texts), encode_many(cut, texts)):
+        if {*ids} <= {*kept}: assert found == [kept.index(i) for i in ids], (text, merges)
         exact += {*ids} <= {*kept}
-        assert ''.join(words_of(cut, text)) == text
+        assert ''.join(cut.convert_ids_to_tokens(found)) == text
     assert exact
 
 
-@settings(max_examples=40)
-@given(scores=st.lists(st.integers(1, 60), min_size=6, max_size=12), chosen=st.sets(st.integers(0, 20)))
-def test_scores_still_choose_the_same_pieces(scores, chosen):
-    "Small random Unigram models, one letter of which is unknown, against every text of up to five letters."
+@settings(max_examples=200)
+@given(scores=st.lists(st.integers(1, 60), min_size=6, max_size=12), chosen=st.sets(st.integers(0, 20)),
+       fallback=st.booleans())
+def test_scores_still_choose_the_same_pieces(scores, chosen, fallback):
+    "Small random Unigram models, one letter of which is unknown or written in bytes, against every text of up to five letters."
     pieces = ['a', 'b', 'ab', 'ba', 'aab', 'bab', 'bb', 'abab', 'xa', 'ax', 'xb', 'bxb'][:len(scores)]
-    weighed = [(piece, -score/4 - n/1000) for n, (piece, score) in enumerate(zip(pieces, scores))]
-    core = Tokenizer(models.Unigram([('</s>', 0.0), ('<unk>', 0.0), *weighed], 1))
+    weighed = [(piece, -score - n/1000) for n, (piece, score) in enumerate(zip(pieces, scores))]
+    weighed += [(f'<0x{byte:02X}>', 0.0) for byte in range(256)]*fallback
+    core = Tokenizer(models.Unigram([('</s>', 0.0), ('<unk>', 0.0), *weighed], 1, byte_fallback=fallback))
     full = PreTrainedTokenizerFast(tokenizer_object=core, eos_token='</s>', unk_token='<unk>')
     kept = kept_tokens(full, [pieces[n % len(pieces)] for n in chosen] or ['a'])
     cut = cut_tokenizer(full, kept)
-    for text in map(''.join, itertools.chain.from_iterable(itertools.product('abx', repeat=n) for n in range(1, 6))):
-        ids = encode(full, text)
-        if {*ids} <= {*kept}: assert encode(cut, text) == [kept.index(i) for i in ids], (text, scores)
+    for text, ids, found in zip(texts := every_text('abx'), encode_many(full, texts), encode_many(cut, texts)):
+        if {*ids} <= {*kept}: assert found == [kept.index(i) for i in ids], (text, scores)
 
 
 def test_the_most_frequent_tokens_are_kept_first():
