@@ -6,6 +6,7 @@
 __all__ = ['SMOLLM2', 'GET_SMOLLM2', 'gguf_source', 'read_header', 'open_gguf', 'smollm2']
 
 # %% ../nbs/15_gguf.ipynb #6f0a1b2f
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,20 +32,32 @@ def gguf_source(source: str | Path) -> tuple[str, str] | None:
 # %% ../nbs/15_gguf.ipynb #6f0a1b37
 def read_header(path: str | Path) -> tuple[dict[str, object], int]:
     "What a GGUF file says of itself, by name, and how many weights it has; InputError for a file that is damaged, in parts, or no GGUF."
-    try: from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
+    try: from transformers.integrations.gguf.reader import read_gguf_metadata
     except ImportError: raise InputError('GGUF files take transformers 5.23 or newer; pip install -U transformers.') from None
     path = Path(path)
     with open(path, 'rb') as file:
         if file.read(4) != b'GGUF': raise InputError(f'{path}: this is no GGUF file, whatever its name says; fetch it again.')
-    try: about, header = read_gguf_metadata(str(path))[0], GgufHeader.from_file(str(path))
-    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError, MemoryError, OSError, RuntimeError) as error:
+    try:
+        about, names = read_gguf_metadata(str(path))
+        tensors = _tensors_of(path) if names else []
+    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError, MemoryError, OSError, struct.error) as error:
         raise InputError(f'{path}: this GGUF file is damaged ({type(error).__name__} in its table); fetch it again.') from error
     if about.get('split.count', 0) > 1:
         raise InputError(f"{path}: this is one of {about['split.count']} parts of a model; join them with llama-gguf-split --merge.")
-    end = header.data_start + max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+    end = max((end for _, end in tensors), default=0)
     if path.stat().st_size < end:
         raise InputError(f'{path}: this GGUF file ends after {path.stat().st_size:,} of {end:,} bytes; fetch it again.')
-    return about, sum(int(np.prod(tensor.shape)) for tensor in header.tensors)
+    return about, sum(number for number, _ in tensors)
+
+
+def _tensors_of(path: Path) -> list[tuple[int, int]]:
+    "Of each tensor in a GGUF file the number of its weights, and the byte of the file at which it ends."
+    from transformers.integrations.gguf.reader import GgufHeader
+    try: header = GgufHeader.from_file(str(path))
+    except ValueError:  # it knows fewer ways to round than the library that llama.cpp brings, which takes seconds
+        from gguf import GGUFReader
+        return [(int(one.n_elements), int(one.data_offset + one.n_bytes)) for one in GGUFReader(path).tensors]
+    return [(int(np.prod(one.shape)), header.data_start + one.offset + one.nbytes) for one in header.tensors]
 
 # %% ../nbs/15_gguf.ipynb #6f0a1b39
 _AS_GPT2 = ('default', 'gpt-2', 'gpt2', 'phi-2', 'olmo', 'jais', 'mpt', 'granite-docling', 'exaone4', 'trillion', 'modern-bert')
@@ -74,12 +87,13 @@ def _llama3_factors(config: object, factor: float) -> np.ndarray:
 
 def _stretch_positions(model: PreTrainedModel, about: dict[str, object], path: str | Path) -> None:
     "Set the model's rotary embeddings to those of its GGUF file; InputError for a way of stretching them that is not known."
-    from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
-    family, tensors = about['general.architecture'], load_gguf_state_dict(GgufHeader.from_file(str(path)))
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+    family, names = about['general.architecture'], read_gguf_metadata(str(path))[1]
     unknown = about.get(f'{family}.rope.scaling.type', 'none') if family != 'gpt-oss' else 'none'
-    if any(name.startswith('rope_factors') for name in tensors): unknown = 'longrope'
-    if 'rope_freqs.weight' in tensors and unknown == 'none':
-        config, wanted = model.config, tensors['rope_freqs.weight'][...].float().numpy()
+    if any(name.startswith('rope_factors') for name in names): unknown = 'longrope'
+    if 'rope_freqs.weight' in names and unknown == 'none':
+        from gguf import GGUFReader
+        config, wanted = model.config, next(one.data for one in GGUFReader(path).tensors if one.name == 'rope_freqs.weight')
         for factor in (8.0, 32.0, 4.0, 16.0):
             if wanted.shape != (half := _llama3_factors(config, factor)).shape or not np.allclose(wanted, half, rtol=1e-3): continue
             config.rope_parameters = dict(config.rope_parameters, rope_type='llama3', factor=factor, low_freq_factor=1.0,

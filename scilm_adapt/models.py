@@ -400,10 +400,8 @@ def load(source: str | Path, device: torch.device | str | None = None, dtype: to
     if gguf and bits: raise InputError(f'bits is {bits}, but {source} is a GGUF file, whose weights are multiplied out; leave bits at 0.')
     try:
         model, tokenizer, found = _open_gguf(*gguf, dtype) if gguf else _open(where, dtype, **rounded)
-        for wrong, names in dict(missing=found['missing_keys'], shaped=found['mismatched_keys']).items():
-            if names := sorted(map(str, names)):  # the library fills them with chance and goes on
-                what = 'are missing in its files' if wrong == 'missing' else 'have another shape in its files than its configuration says'
-                raise ValueError(f'{len(names)} weights {what}, among them {names[0]}')
+        if missing := sorted(found['missing_keys']):  # the library fills them with chance and goes on
+            raise ValueError(f"{len(missing)} weights are missing in its files, among them {missing[0]}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError): raise
         hint = f'; get it with {GET_SMOLLM2}' if where == SMOLLM2 else ''

@@ -70,7 +70,7 @@ def _first_rank() -> bool:
 
 # %% ../nbs/02_runs.ipynb #95764d30
 _STAGES = ('corpus', 'tokens', 'general-tokens', 'general-chats', 'preferences', 'chats', 'targets', 'evaluation', 'figures',
-          *(f'models/{name}' for name in ('base', 'teacher', 'contrast', 'distilled', 'distilled-good')))
+          *(f'models/{name}' for name in ('base', 'teacher', 'shrunk', 'healed', 'contrast', 'distilled', 'distilled-good')))
 _FILES = ('report.md', 'report.html', 'metrics.json', *(f'{name}/README.md' for name in _STAGES if name.startswith('models/')))
 
 

@@ -202,9 +202,8 @@ def test_a_file_that_cannot_come_out_right_is_refused(changes, said, tmp_path):
 
 
 def test_weights_of_another_shape_than_the_configuration_says_are_refused(tmp_path):
-    "The library fills them with chance and warns."
     path = write(small('qwen3', head_dim=32), tmp_path/'small.gguf')
-    with pytest.raises(InputError, match='12 weights have another shape in its files than its configuration says'): load(path, 'cpu')
+    with pytest.raises(InputError, match="of the family 'qwen3' cannot be opened"): load(path, 'cpu')
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
