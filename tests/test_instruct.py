@@ -39,6 +39,7 @@ from scilm_adapt.instruct import (
     answer_filters,
     ask_teacher,
     build,
+    general_chats,
     mine_all,
     prepare,
 )
@@ -662,3 +663,61 @@ def test_a_folder_that_holds_no_conversations_or_has_changed_is_named(tmp_path, 
     with pytest.raises(InputError, match='splits train, valid, test with the columns messages, paper_id'): given(tmp_path/'papers')
     with pytest.raises(InputError, match='The train split yields no conversation that fits into 4 tokens; raise context, or give other'):
         prepare(Run(tmp_path/'run'), corpus, random_teacher, context=4, chats=str(folder))
+
+
+# --- conversations about anything -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def curious() -> LanguageModel:
+    "A tiny model that asks, as a user, one of twelve questions, and answers them."
+    said = [(f'Does {thing} flow {where}?', f'{thing.title()} flows {where}, and nobody knows why.')
+            for thing in ('heat', 'light', 'salt') for where in ('at night', 'in copper', 'through air', 'over land')]
+    lm = tiny([*WORDS, *(text for pair in said for text in pair)], hidden=48, layers=1, heads=2, context=256)
+    turns = [[dict(role='user', content=question), dict(role='assistant', content=answer)] for question, answer in said]
+    rows = [encode_chat(lm.tokenizer, chat)[0] for chat in turns]
+    packed = pack(rows*4, 200)
+    fit(lm.model, lambda step: packed.batch([step % len(packed), (step + 1) % len(packed)]),
+        lambda model, batch: dict(loss=lm_loss(model, batch)), 150, learning_rate=2e-2, precision='no')
+    return lm
+
+
+def test_a_teacher_alone_converses_about_anything(curious, tmp_path):
+    chats, usage = general_chats(curious, 12, 128, seed=3, file=tmp_path/'answers.jsonl')
+    good = [chat for chat in chats if not chat['problem']]
+    assert len(chats) == 12 and len(good) > 6 and usage.answers > 12
+    for chat in good:
+        question, answer = (message['content'] for message in chat['messages'])
+        assert question.startswith('Does ') and question.endswith('?') and (chat['kind'], chat['author']) == ('general', 'teacher')
+        assert _refusal_of(chat, dict(id=chat['paper_id']))[0] != 'grounding'  # there is no paper that it could be about
+    assert len({chat['messages'][0]['content'] for chat in good}) > 3  # drawn, not the likeliest one every time
+    again, usage = general_chats(curious, 12, 128, seed=3, file=tmp_path/'answers.jsonl')
+    assert again == chats and usage.kept == usage.answers  # nothing is asked twice
+    assert general_chats(curious, 12, 128, seed=4)[0] != chats
+
+
+def test_a_run_mixes_them_in_and_holds_others_out(curious, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(instruct, '_HELD_OUT', 4)  # of twelve that it knows
+    settings = dict(conversations=12, teacher_answers=2, held_out=4, context=128)
+    plain = prepare(Run(tmp_path/'plain'), corpus, curious, **settings)
+    mixed = prepare(Run(tmp_path/'run'), corpus, curious, general_share=0.5, **settings)
+    added = mixed.train[len(plain.train):]
+    assert mixed.train[:len(plain.train)] == plain.train and (mixed.valid, mixed.test) == (plain.valid, plain.test)
+    assert added and {chat['kind'] for chat in added} == {'general'} and len(added) <= 12 and not plain.general
+    asked = [{chat['messages'][0]['content'] for chat in some} for some in (added, mixed.general)]
+    assert mixed.general and not asked[0] & asked[1]  # what is held out is not learnt
+    assert 'about anything' in capsys.readouterr().out
+    assert prepare(Run(tmp_path/'run'), corpus, curious, general_share=0.5, **settings) == mixed
+    assert 'general-chats: already done' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.0, 2.0])
+def test_a_share_that_is_none_is_refused(share, curious, corpus, tmp_path):
+    with pytest.raises(InputError, match=f'general_share is {share}; give at least 0'):
+        prepare(Run(tmp_path/'run'), corpus, curious, general_share=share)
+
+
+def test_a_teacher_that_has_nothing_to_say_is_told(random_teacher, corpus, tmp_path):
+    with pytest.raises(InputError, match='said nothing of use as its own user .*set general_share to 0'):
+        prepare(Run(tmp_path/'run'), corpus, random_teacher, conversations=4, teacher_answers=0, held_out=4, context=128, general_share=0.5)
+    with pytest.raises(InputError, match='general_share is 0.5, but: The tokenizer of'):
+        prepare(Run(tmp_path/'far'), corpus, Endpoint('http://localhost:1/v1', 'no/such-model'), general_share=0.5)
