@@ -259,6 +259,7 @@ def measure(models: dict[str, LanguageModel], items: dict[str, list[dict]], metr
     """Raw numbers, JSON-able: the 'ids' of the test items, each model's 'params' and its 'answered' questions, and by metric and model
     the 'rows', numerators and denominators. What is complete is kept in `scratch`, and a later call goes on there."""
     context = min(context, *(lm.context for lm in models.values()))  # the same windows for all
+    metrics = {name: metric for name, metric in metrics.items() if metric.items != 'general_chats' or metric.items in items}
     found = dict(ids={part: [item['id'] for item in some] for part, some in items.items()}, params={}, answered={},
                  rows={name: {} for name in metrics})
     for model, lm in models.items():
@@ -274,7 +275,7 @@ def measure(models: dict[str, LanguageModel], items: dict[str, list[dict]], metr
 def summarise(measured: dict, seed: int = 0, metrics: dict[str, Metric] = metrics, compared: list[Compared] | None = None) -> dict:
     """The table ('models', with intervals, None for what could not be measured), the paired 'differences' with verdicts, how many items
     were 'measured', and who was 'compared' (None: see `lineup`)."""
-    compared = compared or lineup(measured['params'])
+    compared, metrics = compared or lineup(measured['params']), {name: one for name, one in metrics.items() if name in measured['rows']}
     rows = {name: {model: np.array(found, float) for model, found in measured['rows'][name].items() if found} for name in metrics}
     models = {model: dict(params=count, **{name: metric.interval(rows[name][model], seed) if model in rows[name] else None
                                            for name, metric in metrics.items()}) for model, count in measured['params'].items()}

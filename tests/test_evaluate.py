@@ -23,6 +23,7 @@ from scilm_adapt.evaluate import (
     lineup,
     measure,
     metrics,
+    metrics_for,
     one_per_paper,
     references,
     seeds_table,
@@ -33,10 +34,10 @@ from scilm_adapt.files import read_json
 from scilm_adapt.generate import answer_bits
 from scilm_adapt.instruct import Chats
 from scilm_adapt.intervals import Metric, Subject, _verdict, seeds_interval
-from scilm_adapt.models import LanguageModel, save, tiny
+from scilm_adapt.models import LanguageModel, build, save, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import document_ends, encode, pack
+from scilm_adapt.tokens import document_ends, encode, encode_chat, pack
 
 TEXTS = ['Heat flows from warm bodies to cold ones.', 'Light is a wave, and light is a particle: both of them at once.',
          'Тепло переходит к холодному.', 'A token <|im_end|> in a text is content.', 'x',
@@ -369,10 +370,65 @@ def test_references_stand_beside_the_models_of_a_run(world, tmp_path, capsys):
     assert [(one['name'], one['role']) for one in result['compared']][2:] == [('larger', 'reference'), ('plain', 'reference')]
     assert result['models']['larger'].keys() == result['models']['base'].keys() and result['models']['larger']['stop_rate']
     differences = [(d['metric'], d['against']) for d in result['differences']]
-    assert differences[4:] == [(metric, 'larger') for metric in metrics] + [('science_bpb', 'plain'), ('general_bpb', 'plain')]
+    assert differences[4:] == [(metric, 'larger') for metric in metrics_for(chats)] + [('science_bpb', 'plain'), ('general_bpb', 'plain')]
     # what a model without a chat template would answer is not made up
     assert result['models']['plain']['answer_bpb'] is result['models']['plain']['stop_rate'] is None
     assert [*result['generations']] == ['base', 'distilled', 'larger']
     assert "plain: 'answers that end' cannot be measured" in capsys.readouterr().out
     alone = compare(Run(tmp_path/'alone'), models, corpus, chats, documents=4, max_new_tokens=4)
     assert {name: result['models'][name] for name in models} == alone['models']  # the others' numbers stay what they are
+
+
+# --- nearness to the teacher ------------------------------------------------------------------------------------------------------
+
+ABOUT_ANYTHING = [one | dict(paper_id=f'general-{n}', kind='general', messages=[
+    one['messages'][0], dict(role='assistant', content=TEXTS[n - 1])]) for n, one in enumerate(CHATS[:5])]
+
+
+def of_one_vocabulary(seed: int, tokenizer: object = None, **sizes) -> LanguageModel:
+    lm = tiny(TEXTS, context=256) if tokenizer is None else build(tokenizer, hidden=32, context=256, seed=seed, **sizes)
+    lm.model.double()
+    for parameter in lm.model.parameters(): parameter.data *= 3
+    return lm
+
+
+def test_nearness_is_the_divergence_at_each_word_of_the_answers(tmp_path):
+    teacher = of_one_vocabulary(0)
+    student = of_one_vocabulary(5, teacher.tokenizer)
+    items = dict(general_chats=[chat | dict(id=chat['paper_id']) for chat in ABOUT_ANYTHING])
+    found = {name: metrics[name].rows(Subject('student', student, items, 256, teacher=teacher)) for name in ('teacher_kl', 'agreement')}
+    for n, one in enumerate(ABOUT_ANYTHING):
+        ids, mask = encode_chat(teacher.tokenizer, one['messages'])
+        with torch.no_grad(): p, q = (lm.model(torch.tensor([ids])).logits[0].log_softmax(-1) for lm in (teacher, student))
+        at = [place - 1 for place, learnt in enumerate(mask) if learnt]
+        divergence = sum(float((p[place].exp()*(p[place] - q[place])).sum()) for place in at)
+        assert found['teacher_kl'][:, n] == pytest.approx([divergence, len(at)], rel=1e-4)  # logits are compared in 32 bits
+        assert found['agreement'][:, n].tolist() == [sum(int(p[place].argmax() == q[place].argmax()) for place in at), len(at)]
+    itself = Subject('teacher', teacher, items, 256, teacher=teacher)
+    assert metrics['teacher_kl'].rows(itself)[0].max() < 1e-6 and metrics['agreement'].value(metrics['agreement'].rows(itself)) == 1
+
+
+def test_general_answers_are_the_teachers(tmp_path):
+    lm = of_one_vocabulary(0)
+    rows = metrics['general_answers'].rows(Subject('teacher', lm, dict(general_chats=ABOUT_ANYTHING), 256))
+    for n, one in enumerate(ABOUT_ANYTHING):
+        ids, mask = encode_chat(lm.tokenizer, one['messages'])
+        words = len(encode(lm.tokenizer, TEXTS[n - 1]))
+        first = mask.index(1)
+        assert rows[0, n] == pytest.approx(plain_nats(lm, ids, range(first, first + words)), rel=1e-4)
+        assert rows[1, n] == pytest.approx(math.log(2)*len(TEXTS[n - 1].encode()))
+
+
+def test_a_run_without_general_conversations_or_teacher_says_nothing_about_them(world, capsys):
+    run, corpus, chats = world
+    names = ('base', 'teacher')
+    models = dict(zip(names, (of_one_vocabulary(0), tiny(['Other words make other tokens, all of them.'], context=96))))
+    few = dict(documents=3, answers=2, max_new_tokens=4)
+    plain = compare(run, models, corpus, chats, **few)
+    assert not {'teacher_kl', 'agreement', 'general_answers'} & plain['models']['base'].keys()
+    chats.general = ABOUT_ANYTHING
+    other = compare(Run(run.folder/'other'), models, corpus, chats, **few)
+    assert other['models']['base']['teacher_kl'] is None and other['models']['base']['general_answers']
+    assert other['models']['teacher']['agreement']['value'] == 1 and 'have different vocabularies' in capsys.readouterr().out
+    alone = compare(Run(run.folder/'alone'), dict(base=models['base']), corpus, chats, **few)
+    assert alone['models']['base']['agreement'] is None and 'the teacher is not here' in capsys.readouterr().out
