@@ -1,7 +1,6 @@
 """What every test needs: no network, no display, reproducible examples, and where the checkout is."""
 import os
 import signal
-import threading
 from pathlib import Path
 
 # Before anything imports torch, transformers or matplotlib; the subprocesses that tests start inherit them.
@@ -13,12 +12,9 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 # What a shell starts in the background ignores Ctrl-C, and so would all processes that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import forks  # noqa: F401, which gives forked processes locks of their own
 import pytest
 from hypothesis import HealthCheck, settings
-from tqdm import tqdm
-
-# Forked processes share the lock of tqdm: one that a test kills while it draws a bar would keep it, and every later bar would wait.
-os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 # The same examples on every machine, and no deadline: CI shares its cores with others.
 settings.register_profile('house', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

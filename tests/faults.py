@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
@@ -35,9 +34,9 @@ import datasets  # noqa: F401 - imported once, and not by every process anew
 import numpy as np
 import torch
 import transformers
+import forks  # noqa: F401, which gives forked processes locks of their own
 import yaml
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import scilm_adapt
 from scilm_adapt import collapse, contrast, distill, evaluate, files, instruct, models, recipe, running, runs
@@ -49,7 +48,6 @@ from scilm_adapt.papers import prepare
 from scilm_adapt.rollouts import OnPolicy
 from scilm_adapt.runs import Run, stage, survey
 
-os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))  # forked processes share it, and are killed
 RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'/'faults.json'
 STAGES = ['main/corpus', 'main/tokens', 'main/models/contrast', 'main/chats', 'main/models/distilled', 'cached/targets', 'cached/tokens',
           'cached/models/distilled', 'main/evaluation']
