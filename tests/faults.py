@@ -31,10 +31,10 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
 
 import datasets  # noqa: F401 - imported once, and not by every process anew
+import forks  # noqa: F401, which gives forked processes locks of their own
 import numpy as np
 import torch
 import transformers
-import forks  # noqa: F401, which gives forked processes locks of their own
 import yaml
 from safetensors.torch import load_file
 
