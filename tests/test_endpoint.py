@@ -79,7 +79,7 @@ def lines(file: Path) -> int:
     return file.read_bytes().count(b'\n') if file.exists() else 0
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 300) -> None:
     "Wait for something to become true."
     end = time.monotonic() + seconds
     while not condition():
