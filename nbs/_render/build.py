@@ -70,23 +70,32 @@ def box_wide_things(soup: BeautifulSoup) -> None:
         formula.wrap(soup.new_tag('span', attrs={'class': 'wide'}))
 
 
+def anchors_of(soup: BeautifulSoup) -> set[str]:
+    """What a link into the page can name."""
+    return {tag['id'] for tag in soup.find_all(id=True)}
+
+
 def name_symbols(soup: BeautifulSoup) -> None:
     """Anchors for the exported definitions, spelt as nbdev spells them in its links (runs.html#stage)."""
+    anchors = anchors_of(soup)
     for mark in soup.select('span.symbol'):
         name = mark['data-name'].lower()
-        if not soup.find(id=name):
+        if name not in anchors:
             mark.attrs = {'class': 'symbol', 'id': name}
+            anchors.add(name)
 
 
-def turn_links(page: Page, soups: dict[str, BeautifulSoup], urls: dict[str, str], cfg) -> None:
-    """Point links to notebooks at their pages, nbdev's absolute links back inside, other files at the repository."""
+def turn_links(page: Page, soup: BeautifulSoup, anchors: dict[str, set[str]], urls: dict[str, str], cfg) -> None:
+    """Point links to notebooks at their pages, nbdev's absolute links back inside, other files at the repository.
+
+    `anchors`: what each page has, by its address."""
     site = f'{cfg.doc_host}{cfg.doc_baseurl}/'
-    for link in soups[page.url].select('a[href]'):
+    for link in soup.select('a[href]'):
         target, hash_, anchor = link['href'].removeprefix(site).partition('#')
         if link['href'].startswith(site):        # from a name in backticks: `train` means this page's own train, if it has one
-            if anchor and soups[page.url].find(id=anchor):
+            if anchor in anchors[page.url]:
                 target = page.url
-            elif target in soups and not soups[target].find(id=anchor):
+            elif target in anchors and anchor not in anchors[target]:
                 hash_ = anchor = ''              # its code is not shown, so the page is as near as one gets
             link['href'] = target + hash_ + anchor
         elif target in urls:
@@ -154,8 +163,9 @@ def write_site(out: Path, sections: list[tuple[str, list[Page]]], cfg) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     template = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True).get_template('template.html')
+    anchors = {url: anchors_of(soup) for url, soup in soups.items()}
     for page, before, after in zip(pages, [None, *pages], [*pages[1:], None]):
-        turn_links(page, soups, urls, cfg)
+        turn_links(page, soups[page.url], anchors, urls, cfg)
         module = cfg.lib_path/f'{page.stem}.py'
         source = module.relative_to(cfg.config_path).as_posix() if module.exists() else ''
         write_page(out, page, soups[page.url], template, sections=sections, previous=before, next=after, source=source, cfg=cfg)
