@@ -198,7 +198,8 @@ _HIGH, _NATS, _STEEP = 3.0, 1.0, 1e3  # loss above 3 times the usual and a nat, 
 def _bad_numbers(loss: float, norm: float, history: list[dict], scaled: bool, parts: Collection[str] = ()) -> str:
     """What is wrong with a step's loss and gradient norm after the steps of `history`, in a clause; '' if all is well.
 
-    It is compared with steps that learnt the same `parts`, as steps may take turns. With fp16 (`scaled`) an infinite norm only lowers the scale, and the scaler skips the step.
+    It is compared with steps that learnt the same `parts`, as steps may take turns. With fp16 (`scaled`) an infinite norm only lowers
+    the scale, and the scaler skips the step.
     """
     if not (math.isfinite(loss) and (scaled or math.isfinite(norm))): return f'a loss of {loss} and a gradient norm of {norm}'
     usual = [row for row in history[-10*_USUAL:] if not row.get('skipped') and row.keys() >= {*parts}][-_USUAL:]
