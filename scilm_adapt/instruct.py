@@ -49,7 +49,8 @@ def _kinds_of(names: str | Iterable[str], known: Iterable[str]) -> list[str]:
 def _bare_phrasings(kind: str, lang: str) -> list[str]:
     "The ways to ask a question of this kind without its passage, where that is a paragraph by itself."
     parts = [phrasing.split('\n\n') for phrasing in phrasings[kind].get(lang, ())]
-    return ['\n\n'.join(part for part in some if part != '{}') for some in parts if '{}' in some]
+    bare = ['\n\n'.join(part for part in some if part != '{}') for some in parts if '{}' in some]
+    return [phrasing for phrasing in bare if 'following' not in phrasing]  # nothing follows
 
 
 def _mine_next(paper: dict, messages: list[dict], kind: str, words: int, seed: int) -> list[dict]:
