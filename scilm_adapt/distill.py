@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import recipe as recipes
@@ -33,23 +34,51 @@ from .remote import ServerTeacher, load_teacher, local_model
 from .rollouts import OnPolicy, ReplayBuffer, on_policy_batches, student_weight_at
 from .runs import Run, stage
 from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, addresses, build_cache, data_hash, open_cache
-from .tokens import USEFUL, Packed, batch_rows, documents_in, pack, store_tokens
+from .tokens import USEFUL, Packed, asked_tokens, batch_rows, documents_in, pack, store_tokens
 from .training import ON_POLICY, PAPERS, ROLLOUT, as_part, part_of, target_states
 
 # %% ../nbs/38_distill.ipynb #894a9304
-def batch_maker(conversations: Packed, papers: Packed | None, batch_size: int, retention_rows: int,
-                seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
+def batch_maker(conversations: Packed, papers: Packed | None, batch_size: int, retention_rows: int, seed: int,
+                questions: Packed | None = None) -> Callable[[int], dict[str, torch.Tensor]]:
     """`batch_at(step)`: `batch_size` rows of conversations and, as the part PAPERS, `retention_rows` rows of papers.
 
+    Of `questions`, the same rows with other tokens to learn (see `_questions_of`), that part is a mask over the rows of conversations.
     It says its 'step' and, for a teacher on disk, the 'address' of each token to be learnt.
     """
     address = addresses(conversations)
     def batch_at(step: int) -> dict[str, torch.Tensor]:
         rows = batch_rows(len(conversations), batch_size, step, seed)
         batch = conversations.batch(rows) | dict(step=torch.tensor(step), address=address(rows))
+        if questions is not None: batch |= _as_own_papers(questions.batch(rows))
         if papers is None: return batch
         return batch | as_part(PAPERS, papers.batch(batch_rows(len(papers), retention_rows, step, seed)))
     return batch_at
+
+
+def _as_own_papers(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The part PAPERS of rows that a batch has already: which of their tokens are read like a paper, and how many."
+    return as_part(PAPERS, {name: batch[name] for name in ('loss_mask', 'count')})
+
+
+def _questions_of(tokenizer, data: TrainingData) -> Packed:
+    "The packed conversations with other tokens to learn: what the user asks about papers, but no token of the chat template."
+    packed = data.conversations
+    wanted = np.zeros(len(packed.tokens.ids), bool)
+    for start, stop, chat in zip(packed.tokens.starts, packed.tokens.starts[1:], data.chats):
+        if chat['kind'] == 'general': continue  # it is about no paper
+        marks = asked_tokens(tokenizer, chat['messages'])[:stop - start]
+        wanted[start:start + len(marks)] = marks
+    return replace(packed, token_loss_mask=wanted)
+
+
+def _turn_at(step: int, alternate: int) -> tuple[bool, bool, int]:
+    """Whether a step learns conversations, whether it reads papers, and how many steps of its kind went before.
+
+    After every `alternate` steps of conversations comes one of papers; with 0 every step does both.
+    """
+    if not alternate: return True, True, step
+    rounds, place = divmod(step, alternate + 1)
+    return (False, True, rounds) if place == alternate else (True, False, step - rounds)
 
 # %% ../nbs/38_distill.ipynb #4b4f031f
 def _nll(states: torch.Tensor, head: Head, labels: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
@@ -71,10 +100,11 @@ def _weight_at(weight: Weight, step: int, steps: int) -> float:
 def _rows_of(batch: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
     """The rows of a part of a batch as a batch of their own, with the step, which belongs to all parts.
 
-    A micro-batch may have conversations and no papers. It then gets a row of conversations with nothing to learn: where weights are
-    shared out over processes, all have to run the model equally often.
+    A part may be a mask over the batch's own rows. A micro-batch may have conversations and no papers. It then gets a row of
+    conversations with nothing to learn: where weights are shared out over processes, all have to run the model equally often.
     """
     rows = part_of(batch, part)
+    if 'input_ids' not in rows: return batch | rows
     if not len(rows['input_ids']):
         rows |= {name: batch[name][:1] for name in ('input_ids', 'position_ids', 'segments')}
         rows['loss_mask'] = torch.zeros_like(rows['input_ids'], dtype=torch.bool)
@@ -83,13 +113,15 @@ def _rows_of(batch: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
 # %% ../nbs/38_distill.ipynb #f4ea9b3b
 def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', temperature: float = 1.0, retention_weight: Weight = 0.0,
                 answer_weight: Weight = 0.0, divergence_weight: Weight = 1.0, reference_weight: Weight = 0.0,
-                reference: Teacher | None = None, student_weight: float = 0.0, steps: int = 1, warm_up: int = 0) -> Callable:
+                reference: Teacher | None = None, student_weight: float = 0.0, steps: int = 1, warm_up: int = 0,
+                alternate: int = 0) -> Callable:
     """The loss of stage 2 for `training.fit`: a function (model, batch) -> 'loss' and its parts in nats per token.
 
     'distil' is the divergence from `teacher`, see `make_divergence`; 'answers' the language-modelling loss on the answers' own tokens;
     'retention' that on the batch's PAPERS, 'reference' the KL from `reference` there; 'on_policy' the divergence's counterpart on the
     rows ON_POLICY, with `student_weight` its first weight. Weights are numbers or pairs, see `_weight_at`; parts of weight 0 are left
-    out, and without a teacher (None) what it would judge. In the first `warm_up` steps only answers and papers are learnt.
+    out, and without a teacher (None) what it would judge. In the first `warm_up` steps only answers and papers are learnt. With
+    `alternate`, a step learns either from answers or from papers, see `_turn_at`.
     """
     divergence = make_divergence(divergence)
     counterpart = counterpart_of(divergence) if student_weight else None
@@ -97,12 +129,17 @@ def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', tempera
         given = dict(distil=divergence_weight if teacher else 0.0, answers=answer_weight, retention=retention_weight,
                      reference=reference_weight)
         weights = {name: _weight_at(weight, step, steps) for name, weight in given.items()}
-        if step < warm_up: return weights | dict(distil=0.0, answers=1.0, on_policy=0.0)
         beta = student_weight_at(step, steps, student_weight) if student_weight else 0.0
-        return weights | dict(distil=weights['distil']*(2 - beta if beta else 1), on_policy=weights['distil']*beta)
+        if step < warm_up: weights |= dict(distil=0.0, answers=1.0, on_policy=0.0)
+        else: weights |= dict(distil=weights['distil']*(2 - beta if beta else 1), on_policy=weights['distil']*beta)
+        converses, reads, _ = _turn_at(step, alternate)
+        return {name: weight*(reads if name in ('retention', 'reference') else converses) for name, weight in weights.items()}
     def loss(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weights, parts, head = weights_at(int(batch.get('step', 0))), {}, head_of(model)
-        def read(rows): return target_states(hidden_states(model, rows), rows)
+        weights, parts, head, own = weights_at(int(batch.get('step', 0))), {}, head_of(model), []
+        def read(rows):  # the batch's own rows once, whatever is learnt from them
+            if rows['input_ids'] is not batch['input_ids']: return target_states(hidden_states(model, rows), rows)
+            if not own: own.append(hidden_states(model, batch))
+            return target_states(own[0], rows)
         if weights['distil'] or weights['answers']: states, labels = read(batch)
         if weights['distil']: parts['distil'] = teacher.loss(batch, states, head, divergence, temperature, batch['count'])
         if weights['answers']:  # its own words teach a student nothing
@@ -114,6 +151,7 @@ def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', tempera
         if weights['retention'] or weights['reference']: states, labels = read(papers := _rows_of(batch, PAPERS))
         if weights['retention']: parts['retention'] = _nll(states, head, labels, papers['count'])
         if weights['reference']: parts['reference'] = reference.loss(papers, states, head, 'forward_kl', 1.0, papers['count'])
+        if not parts: return dict(loss=read(batch)[0].sum()*0)  # all weights are 0 at this step
         return dict(loss=sum(weights[name]*part for name, part in parts.items()), **parts)
     return loss
 
@@ -130,6 +168,8 @@ class Recipe(recipes.Recipe):
     retention_weight: Weight = 0.5     # of going on reading papers
     reference_weight: Weight = 0.0     # of staying near what the model of stage 1 says of these papers
     retention_rows: int | None = None  # rows of papers a step (none = as many as of conversations)
+    read_questions: bool = False       # papers are read where conversations ask about them, in the very same rows, not in rows of their own
+    alternate: int = 0                 # steps of conversations between two of papers (0 = every step has both, and sums their losses)
     authors: tuple[str, ...] = ('paper', 'teacher')  # whose answers are learnt
     shift: Weight = 0.0                # how far the teacher is moved towards what stage 1 has changed
     cache: int = 0                     # words of the teacher kept on disk a token, so that it is asked once (0 = ask it at every step)
@@ -145,6 +185,7 @@ class Recipe(recipes.Recipe):
     def check(self, student: LanguageModel) -> None:
         "InputError, naming the setting to change, for what cannot work with any teacher."
         super().check(student)
+        self._check_turns()
         for name in ('probe_every', 'warm_up', 'cache'):
             if (getattr(self, name) or 0) < 0: raise InputError(f'{name} is {getattr(self, name)}; give a positive number, or 0 for none.')
         if not all(map(math.isfinite, (_weight_at(self.shift, step, 2) for step in (0, 1)))):
@@ -154,6 +195,21 @@ class Recipe(recipes.Recipe):
             raise InputError(f"The authors of answers are '{' '.join(self.authors)}'; name paper, teacher, or both.")
         make_divergence(self.divergence)
         if self.on_policy.student_weight: counterpart_of(self.divergence)
+
+    def _check_turns(self) -> None:
+        "InputError for steps of papers that would not come, or would have nothing to read."
+        if not 0 <= self.alternate < self.steps:
+            raise InputError(f'alternate is {self.alternate}, of {self.steps} steps; give fewer steps of conversations between two of '
+                             f'papers, or 0 to learn both in every step.')
+        if self.alternate and not (self.retention_weight or self.reference_weight):
+            raise InputError(f'alternate is {self.alternate}, and nothing is learnt of papers; set retention_weight to more than 0, or '
+                             f'alternate to 0.')
+        if self.alternate and self.read_questions:
+            raise InputError(f'alternate is {self.alternate}, and read_questions leaves no rows of papers to take turns with; set one of '
+                             f'them to 0.')
+        if self.read_questions and self.on_policy:
+            raise InputError("read_questions is on, and rows with the student's own answers are made anew in every step; set "
+                             "read_questions to False, or on_policy.share and on_policy.replay to 0.")
 
 # %% ../nbs/38_distill.ipynb #15ac45c2
 @dataclass
@@ -251,24 +307,32 @@ def _warm_up_steps(learner: LanguageModel, chats: Chats, recipe: Recipe) -> int:
 def _batches(learner: LanguageModel, data: TrainingData, papers: Packed | None, recipe: Recipe, warm_up: int, replay: ReplayBuffer | None,
             numbers: dict) -> Callable[[int], dict[str, torch.Tensor]]:
     "`batch_at(step)` of the recipe; what is to be noted of a step's own answers it writes to `numbers`."
-    off_policy = batch_maker(data.conversations, papers, recipe.batch_size, recipe.retention_rows or recipe.batch_size, recipe.seed)
-    if not recipe.on_policy: return off_policy
-    on_policy = on_policy_batches(learner, data.chats, data.conversations, off_policy, recipe.on_policy, recipe.context, recipe.steps,
-                                  recipe.seed, replay)
+    rows, between = recipe.retention_rows or recipe.batch_size, recipe.alternate
+    questions = _questions_of(learner.tokenizer, data) if recipe.read_questions else None
+    off_policy = batch_maker(data.conversations, None if between else papers, recipe.batch_size, rows, recipe.seed, questions)
+    if not recipe.on_policy and not between: return off_policy
+    on_policy = on_policy_batches(learner, data.chats, data.conversations, off_policy, recipe.on_policy, recipe.context,
+                                  recipe.steps - recipe.steps//(between + 1) if between else recipe.steps, recipe.seed,
+                                  replay) if recipe.on_policy else off_policy
+    def reading(number: int) -> dict[str, torch.Tensor]:
+        batch = papers.batch(batch_rows(len(papers), rows, number, recipe.seed))
+        return batch | _as_own_papers(batch)
     def batch_at(step: int) -> dict[str, torch.Tensor]:
-        batch = (off_policy if step < warm_up else on_policy)(step)
+        converses, _, number = _turn_at(step, between)
+        batch = ((off_policy if step < warm_up else on_policy) if converses else reading)(number)
         numbers.clear()
         numbers.update(as_part(ROLLOUT, {name: float(value) for name, value in part_of(batch, ROLLOUT).items()}))
-        return batch
+        return batch | dict(step=torch.tensor(step))
     return batch_at
 
 
 def _records_at(data: TrainingData, papers: list[dict], packed: Packed | None, recipe: Recipe, step: int) -> list[str]:
     "The conversations, and the ids of the papers, that are learnt in a step, so that an error can name them."
-    def documents(rows: Packed, number: int) -> list[int]:
-        return sorted({*documents_in(rows, batch_rows(len(rows), number, step, recipe.seed))})
-    asked = [data.chats[n] for n in documents(data.conversations, recipe.batch_size)]
-    read = [] if packed is None else documents(packed, recipe.retention_rows or recipe.batch_size)
+    converses, reads, number = _turn_at(step, recipe.alternate)
+    def documents(rows: Packed, size: int) -> list[int]:
+        return sorted({*documents_in(rows, batch_rows(len(rows), size, number, recipe.seed))})
+    asked = [data.chats[n] for n in documents(data.conversations, recipe.batch_size)] if converses else []
+    read = documents(packed, recipe.retention_rows or recipe.batch_size) if reads and packed is not None else []
     return [f"{chat['kind']} of {chat['paper_id']}" for chat in asked] + [str(papers[n]['id']) for n in read]
 
 
@@ -287,7 +351,7 @@ def _task_for(learner: LanguageModel, run: Run, recipe: Recipe, student: Languag
     write_json(folder/'advantage.json', {about: teacher_advantage(student, teacher.local, questions, recipe.context, about=about)
                                          for about, questions in asked.items() if questions and teacher.local})
     data, papers, packed = teacher.prepare(run, student.tokenizer, chats.train, recipe), corpus.science['train'], None
-    if recipe.retention_weight or recipe.reference_weight:
+    if (recipe.retention_weight or recipe.reference_weight) and not recipe.read_questions:
         texts = map(document, papers)  # stage 1 made these tokens already, unless it was left out
         packed = pack(store_tokens(run, 'tokens', texts, student.tokenizer, [corpus.folder]), recipe.context, share=USEFUL)
     policy, numbers, warm_up = recipe.on_policy, {}, _warm_up_steps(learner, chats, recipe)
@@ -299,7 +363,7 @@ def _task_for(learner: LanguageModel, run: Run, recipe: Recipe, student: Languag
         return numbers | probed
     loss = distil_loss(data.teacher, recipe.divergence, recipe.temperature, recipe.retention_weight, recipe.answer_weight,
                        recipe.divergence_weight, recipe.reference_weight, LiveTeacher(student), policy.student_weight, recipe.steps,
-                       warm_up)
+                       warm_up, recipe.alternate)
     state = {name: part for name, part in dict(replay=replay, monitor=monitor).items() if part is not None}
     return Task(_batches(learner, data, packed, recipe, warm_up, replay, numbers), loss,
                 partial(_records_at, data, papers, packed, recipe), on_step_end, state)

@@ -25,7 +25,7 @@ from .errors import InputError, say
 from .files import (Damaged, check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, verified,
                                write_json, write_text)
 from .generate import Answer, chat_prompt, respond
-from .mining import COMMON, language_of, mine, sentences, whole_sentences
+from .mining import COMMON, language_of, mine, phrasings, sentences, whole_sentences
 from .mining import kinds as mined_kinds
 from .models import LanguageModel, weights_hash
 from .papers import OUTCOMES, SPLITS, Corpus, document, save_dataset, source_hash, split
@@ -46,22 +46,77 @@ def _kinds_of(names: str | Iterable[str], known: Iterable[str]) -> list[str]:
     return [kind for kind in known if kind in names] if any(name in known for name in names) else known
 
 
+def _bare_phrasings(kind: str, lang: str) -> list[str]:
+    "The ways to ask a question of this kind without its passage, where that is a paragraph by itself."
+    parts = [phrasing.split('\n\n') for phrasing in phrasings[kind].get(lang, ())]
+    bare = ['\n\n'.join(part for part in some if part != '{}') for some in parts if '{}' in some]
+    return [phrasing for phrasing in bare if 'following' not in phrasing]  # nothing follows
+
+
+def _mine_next(paper: dict, messages: list[dict], kind: str, words: int, seed: int) -> list[dict]:
+    """A further question of this `kind` about what a conversation has said of the paper's text from its beginning, and the answer.
+
+    [] where there is none, and where a sentence of the answer was said already.
+    """
+    said, parts = '\n'.join(message['content'] for message in messages), sentences(paper['text'][:20_000])
+    bare = _bare_phrasings(kind, language_of(paper))
+    known = next((n for n, part in enumerate(parts) if part not in said), len(parts))
+    onward = kind == 'continuation'  # all others ask about what is known
+    view, room = (parts[known - 1:], words) if onward else (parts[:known], words + len(' '.join(parts[:known]).split()))
+    found = mined_kinds[kind](paper | dict(text='\n'.join(view)), room, seed) if known and bare else None
+    if not found or not onward and found[0] != ' '.join(view) or len(found[1].split()) > words: return []
+    if any(sentence.lower() in said.lower() for sentence in sentences(found[1])): return []
+    asked = bare[rng('phrasing', seed, paper['id'], kind).integers(len(bare))].format(**(found[2] if len(found) > 2 else {}))
+    return [dict(role='user', content=asked), dict(role='assistant', content=found[1])]
+
+
+def _mine_turns(paper: dict, kind: str, words: int, seed: int, chosen: list[str], turns: int) -> dict | None:
+    """A mined conversation with up to `turns` questions, one of them of this `kind`; None where the paper offers none.
+
+    Where it can be, the text that a question is about is an answer before: what comes after the paper's first sentence. Further
+    questions are of the other `chosen` kinds in an order of the seed, and at last what comes next.
+    """
+    chat = mine(paper, kind, words, seed)
+    if chat is None or turns == 1: return chat
+    onward = 'continuation' in chosen
+    brought = mine(paper | dict(title=''), 'continuation', words, seed) if onward and kind != 'continuation' else None
+    if brought and (more := _mine_next(paper, brought['messages'], kind, words, seed)):
+        chat = brought | dict(messages=brought['messages'] + more)
+    messages, asked = chat['messages'], {kind, 'continuation'}
+    others = [chosen[n] for n in rng('turns', seed, paper['id'], kind).permutation(len(chosen))]
+    for other in [one for one in others if one not in asked] + ['continuation']*turns*onward:
+        if len(messages) < 2*turns: messages = messages + _mine_next(paper, messages, other, words, seed)
+    return chat | dict(messages=messages)
+
+
 def _fits(tokenizer, chat: dict, context: int) -> bool:
     "Whether a conversation, as a model reads it, has at most `context` tokens."
     return len(encode_chat(tokenizer, chat['messages'])[0]) <= context
 
 
-def _shuffled(papers: Sequence[dict], tokenizer, context: int, seed: int, chosen: list[str]) -> Iterator[tuple[int, dict]]:
-    "(line of the paper from 1, conversation) for all mined ones that fit into `context` tokens whole, in an order of the seed."
+def _shuffled(papers: Sequence[dict], tokenizer, context: int, seed: int, chosen: list[str], turns: int = 1,
+              single: int = 0) -> Iterator[tuple[int, dict]]:
+    """(line of the paper from 1, conversation) for all mined ones that fit into `context` tokens whole, in an order of the seed.
+
+    All but the first `single` have up to `turns` questions, the last of which are left out where they do not fit.
+    """
+    found = 0
     for number in map(int, rng('instruct', seed).permutation(len(papers)*len(chosen))):
-        chat = mine(papers[number // len(chosen)], chosen[number % len(chosen)], context//5, seed)
-        if chat and _fits(tokenizer, chat, context): yield number // len(chosen) + 1, chat
+        paper, kind = papers[number // len(chosen)], chosen[number % len(chosen)]
+        chat = _mine_turns(paper, kind, context//5, seed, chosen, 1 if found < single else turns)
+        while chat and len(chat['messages']) > 2 and not _fits(tokenizer, chat, context): chat['messages'] = chat['messages'][:-2]
+        if chat and _fits(tokenizer, chat, context):
+            found += 1
+            yield number // len(chosen) + 1, chat
 
 
 def mine_all(papers: Sequence[dict], tokenizer, context: int, most: int | None = None, seed: int = 0,
-             chosen: Iterable[str] = _TAUGHT) -> list[dict]:
-    "Mined conversations of the `chosen` kinds that fit into `context` tokens whole, in an order of the seed, at most `most` of them."
-    return [chat for _, chat in islice(_shuffled(papers, tokenizer, context, seed, list(chosen)), most)]
+             chosen: Iterable[str] = _TAUGHT, turns: int = 1) -> list[dict]:
+    """Mined conversations of the `chosen` kinds that fit into `context` tokens whole, in an order of the seed, at most `most` of them.
+
+    With `turns`, each has up to so many questions about its paper, see `_mine_turns`.
+    """
+    return [chat for _, chat in islice(_shuffled(papers, tokenizer, context, seed, list(chosen), turns), most)]
 
 # %% ../nbs/29_instruct.ipynb #e782b915
 def _open_user_turn(tokenizer, messages: list[dict]) -> list[str | int]:
@@ -744,9 +799,11 @@ def _given_items(chats: Iterable[dict]) -> Iterator[_Item]:
 
 
 def _answered_items(papers: Sequence[dict], teacher: LanguageModel | Endpoint, tokenizer, most: int, asked: int, context: int, seed: int,
-                   chosen: list[str], file: Path, thoughts: int = 0) -> tuple[Iterator[_Item], Usage]:
-    "Items of `most` mined conversations, the first `asked` with the teacher's answer, if it may and can, before the paper's; and the cost."
-    found = list(islice(_shuffled(papers, tokenizer, context, seed, chosen), most))
+                   chosen: list[str], file: Path, thoughts: int = 0, turns: int = 1) -> tuple[Iterator[_Item], Usage]:
+    """Items of `most` mined conversations, the first `asked` with the teacher's answer, if it may and can, before the paper's, the others
+    with up to `turns` questions; and the cost.
+    """
+    found = list(islice(_shuffled(papers, tokenizer, context, seed, chosen, turns, asked), most))
     open_ones = [n for n, (_, chat) in enumerate(found[:asked]) if chat['kind'] in _OPEN_KINDS]
     answers, usage = _own_answers(teacher, [found[n][1] for n in open_ones], context//4, seed, file, context,
                                  thoughts) if open_ones else ([], Usage())
@@ -817,7 +874,7 @@ def _show_chats(report: dict) -> None:
 def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conversations: int = 4000, teacher_answers: int = 400,
             held_out: int = 400, context: int = 256, seed: int = 0, kinds: str | Iterable[str] = _TAUGHT,
             evaluation: str = '', thoughts: int = 0, chats: str = '', tokenizer: object | None = None,
-            general_share: float = 0.0) -> Chats:
+            general_share: float = 0.0, turns: int = 1) -> Chats:
     """Conversations for stage 2 as the stage 'chats': `conversations` for training, the first `teacher_answers` of them answered
     by the teacher where it may and can, and `held_out` each for validation and test, answered by their papers.
 
@@ -826,10 +883,12 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
 
     `kinds` names the kinds that are mined; '' or 'all' takes all. `evaluation` is a file, folder or pattern of evaluation texts that
     must not be in a conversation ('' = none); the teacher may spend `thoughts` (tokens) before each answer. `chats` is a folder made by
-    `build`, whose conversations are taken instead, see `open_chats`. The `tokenizer` says what fits (None = the teacher's).
+    `build`, whose conversations are taken instead, see `open_chats`. The `tokenizer` says what fits (None = the teacher's). Those for
+    training that the papers answer have up to `turns` questions about the same paper, which is read once for all of them.
     InputError when a split yields none.
     """
     _check_share(general_share, teacher)
+    if turns < 1: raise InputError(f'turns is {turns}; give at least 1, the number of questions about a paper in one conversation.')
     tokenizer, chosen, parents, extra = tokenizer or _writing(teacher).tokenizer, _kinds_of(kinds, mined_kinds), [corpus.folder], {}
     config = dict(tokenizer=tokenizer_hash(tokenizer), context=context, evaluation=source_hash(evaluation) if evaluation else '')
     if chats:
@@ -837,12 +896,12 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
         config |= dict(chats=key_of(chats))
     else:
         config |= dict(teacher=_writing(teacher).key, conversations=conversations, teacher_answers=teacher_answers, held_out=held_out,
-                       seed=seed, kinds=chosen, thoughts=thoughts)
+                       seed=seed, kinds=chosen, thoughts=thoughts, turns=turns)
     def items(name: str, scratch: Path) -> tuple[Iterable[_Item], Usage]:
         if chats: return _given_items(given[name]), Usage()
-        most, asked = (conversations, teacher_answers) if name == 'train' else (held_out, 0)
+        most, asked, several = (conversations, teacher_answers, turns) if name == 'train' else (held_out, 0, 1)
         return _answered_items(corpus.science[name], teacher, tokenizer, most, asked, context, seed, chosen,
-                              _earlier_answers(scratch, run.folder/'chats'), thoughts)
+                              _earlier_answers(scratch, run.folder/'chats'), thoughts, several)
     def make(folder: Path, scratch: Path) -> None:
         too_long = lambda chat, paper: ('', '') if _fits(tokenizer, chat, context) else ('context', f'it has more than {context} tokens')
         quality = QualityFilter(_evaluation_set([evaluation] if evaluation else []), too_long if chats else _refusal_of, repeats=True)

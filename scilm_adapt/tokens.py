@@ -6,8 +6,9 @@
 __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'THOUGHTS', 'USEFUL', 'train_tokenizer', 'control_tokens', 'encode_stream',
            'encode_many', 'encode', 'document_ends', 'encode_documents', 'encode_document', 'named_templates',
            'parse_options', 'set_options', 'mark', 'apply_template', 'render', 'opening', 'Place', 'lay_out',
-           'encode_chat', 'end_of_turn', 'settled', 'Tokens', 'write_tokens', 'read_tokens', 'reading_of',
-           'tokenizer_hash', 'store_tokens', 'best_fit', 'Packed', 'runs', 'pack', 'documents_in', 'batch_rows', 'pad']
+           'encode_chat', 'asked_tokens', 'end_of_turn', 'settled', 'Tokens', 'write_tokens', 'read_tokens',
+           'reading_of', 'tokenizer_hash', 'store_tokens', 'best_fit', 'Packed', 'runs', 'pack', 'documents_in',
+           'batch_rows', 'pad']
 
 # %% ../nbs/14_tokens.ipynb #4fd9ae5b
 import json
@@ -323,14 +324,19 @@ class Place:
     in_loss: bool
 
 
+def _ids_of(tokenizer, messages: list[dict], piece: str | int) -> list[int]:
+    "Token ids of a piece of a conversation: contents are tokenised apart from the template."
+    if isinstance(piece, int): return encode(tokenizer, messages[piece]['content'])
+    return tokenizer(piece, add_special_tokens=False)['input_ids']
+
+
 def lay_out(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[Place]]:
     "Token ids of a conversation, and the place of each answer in it."
     controls = set(control_tokens(tokenizer).values()) | {tokenizer.eos_token_id}
     text = _conversation(tokenizer, messages, add_generation_prompt)
     in_loss, ids, places, answer, span = _taught(tokenizer, messages, text), [], {}, None, (0, 0)
     for piece in _pieces_of(text):
-        if isinstance(piece, int): new = encode(tokenizer, messages[piece]['content'])
-        else: new = tokenizer(piece, add_special_tokens=False)['input_ids']
+        new = _ids_of(tokenizer, messages, piece)
         if answer is not None:  # its turn is over with the first control token behind it
             end = 1 + next((n for n, i in enumerate(new) if i in controls), -1) if isinstance(piece, str) else 0
             places[answer] = Place(answer, *span, span[1] + end, answer in in_loss)
@@ -349,6 +355,13 @@ def encode_chat(tokenizer, messages: list[dict], add_generation_prompt: bool = F
     ids, places = lay_out(tokenizer, messages, add_generation_prompt)
     in_loss = {n for place in places if place.in_loss for n in range(place.start, place.over)}
     return ids, [int(n in in_loss) for n in range(len(ids))]
+
+
+def asked_tokens(tokenizer, messages: list[dict]) -> list[int]:
+    "For each token id of a conversation, see `encode_chat`, 1 if it is what the user says: no token of the chat template is."
+    pieces = _pieces_of(_conversation(tokenizer, messages))
+    return [int(isinstance(piece, int) and messages[piece]['role'] == 'user')
+            for piece in pieces for _ in _ids_of(tokenizer, messages, piece)]
 
 
 def end_of_turn(tokenizer) -> int:

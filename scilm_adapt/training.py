@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ def micro_batches(batch: dict[str, torch.Tensor], rows: int | None, rank: int = 
 
 # %% ../nbs/18_training.ipynb #0e33a002
 # The parts of a batch, and of a row of the history, beside the conversations.
-PAPERS = 'papers'        # rows of papers, for retention
+PAPERS = 'papers'        # what is read for retention: rows of papers, or a mask over the batch's own rows
 ON_POLICY = 'on_policy'  # rows with the student's own answers, beside those with given ones
 ROLLOUT = 'rollout'      # numbers that tell how its answers went
 PROBE = 'probe'          # numbers of a probe of its answers to held-out questions
@@ -195,13 +195,14 @@ _USUAL, _FEWEST = 50, 20            # steps whose median is the usual; fewer tha
 _HIGH, _NATS, _STEEP = 3.0, 1.0, 1e3  # loss above 3 times the usual and a nat, and a gradient of 1,000 times its usual norm (or 1) are bad
 
 
-def _bad_numbers(loss: float, norm: float, history: list[dict], scaled: bool) -> str:
+def _bad_numbers(loss: float, norm: float, history: list[dict], scaled: bool, parts: Collection[str] = ()) -> str:
     """What is wrong with a step's loss and gradient norm after the steps of `history`, in a clause; '' if all is well.
 
-    With fp16 (`scaled`) an infinite norm only lowers the scale, and the scaler skips the step.
+    It is compared with steps that learnt the same `parts`, as steps may take turns. With fp16 (`scaled`) an infinite norm only lowers
+    the scale, and the scaler skips the step.
     """
     if not (math.isfinite(loss) and (scaled or math.isfinite(norm))): return f'a loss of {loss} and a gradient norm of {norm}'
-    usual = [row for row in history[-_USUAL:] if not row.get('skipped')]
+    usual = [row for row in history[-10*_USUAL:] if not row.get('skipped') and row.keys() >= {*parts}][-_USUAL:]
     if len(usual) < _FEWEST: return ''
     middle, slope = (statistics.median(row[name] for row in usual) for name in ('loss', 'grad_norm'))
     if loss > _HIGH*middle + _NATS: return f'a loss of {loss:.4g}, where {middle:.4g} is usual'
@@ -273,7 +274,7 @@ def _step_of(accelerator: Accelerator, module: nn.Module, optimizers: list, batc
     values = _gradients(accelerator, module, batch, progress, prepare, least_rows, description)
     norm = limit()
     row = dict(step=step, **values, learning_rate=optimizers[0].param_groups[0]['lr'], grad_norm=norm)
-    if wrong := _bad_numbers(values['loss'], norm, progress.history, scaler is not None):
+    if wrong := _bad_numbers(values['loss'], norm, progress.history, scaler is not None, values):
         skip(wrong, step)
         row['skipped'] = 1
         if scaler is not None: scaler.update()  # it has seen these gradients

@@ -11,11 +11,15 @@ import torch
 from world import WORDS, changed, conversation, exact, sentence, small_student, small_teacher
 
 from scilm_adapt import distill, files
-from scilm_adapt.alignment import Teacher, pack_chats
+from scilm_adapt.alignment import Teacher, TrainingData, pack_chats
 from scilm_adapt.checkpoints import Checkpoints
 from scilm_adapt.collapse import Collapse
 from scilm_adapt.distill import (
     Recipe,
+    _batches,
+    _questions_of,
+    _records_at,
+    _turn_at,
     _usual_divergence,
     _weight_at,
     batch_maker,
@@ -29,10 +33,11 @@ from scilm_adapt.errors import InputError
 from scilm_adapt.instruct import Chats
 from scilm_adapt.models import LanguageModel, build, families, hidden_states, load, logits_of, tiny, weights_hash
 from scilm_adapt.papers import Corpus, document
+from scilm_adapt.recipe import lora
 from scilm_adapt.rollouts import OnPolicy, on_policy_batches
 from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
-from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
+from scilm_adapt.tokens import asked_tokens, batch_rows, encode, encode_chat, encode_document, pack, train_tokenizer
 from scilm_adapt.training import lm_loss, micro_batches, part_of, target_states
 
 PAPERS = [dict(id=str(n), title=sentence(n + 2000, 3), text=sentence(n + 3000, 12)) for n in range(40)]
@@ -328,7 +333,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize('way', [
     {}, dict(on_policy=OnPolicy(share=0.5, max_new_tokens=6, replay=8), probe_every=3),
-    dict(lora_rank=4, probe_every=2, answer_weight=0.1), dict(cache=4, probe_every=0),
+    dict(lora_rank=4, probe_every=2, answer_weight=0.1), dict(cache=4, probe_every=0), dict(alternate=2, lora_rank=4),
+    dict(read_questions=True, reference_weight=0.2),
+    dict(alternate=2, on_policy=OnPolicy(share=0.5, max_new_tokens=6, replay=8), probe_every=3),
     dict(divergence='skew_kl', on_policy=OnPolicy(share=1.0, max_new_tokens=6, student_weight=1.0), probe_every=0)],
     ids=lambda way: ' '.join(way) or 'plain')
 def test_a_training_that_was_stopped_comes_to_the_same_weights_and_history(student, teacher, data, tmp_path, way, monkeypatch):
@@ -387,6 +394,137 @@ def test_teachers_that_cannot_work_are_refused(student, teacher, data, tmp_path,
     changes = dict(teacher=teacher) | changes | (dict(base=bases[changes['base']]) if 'base' in changes else {})
     with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, **data, **SETTINGS | changes)
     assert [path for path in (tmp_path/'run').rglob('[!.]*') if path.is_file()] == []
+
+# --- what is read, and when
+
+TALKS = [conversation(number) for number in range(20)]
+TALKS[3]['messages'] += [dict(role='user', content='Что такое тепло?'), dict(role='assistant', content='Heat.')]  # two turns, two languages
+TALKS[5]['kind'] = 'general'
+
+
+def talks(context: int = 96) -> TrainingData: return TrainingData(pack_chats(TOKENIZER, TALKS, context), TALKS, None)
+
+
+def test_only_what_a_user_says_about_a_paper_counts_as_asked():
+    data = talks()
+    questions = _questions_of(TOKENIZER, data)
+    for number, (start, stop) in enumerate(zip(questions.tokens.starts, questions.tokens.starts[1:])):
+        ids, messages = questions.tokens.ids[start:stop], TALKS[number]['messages']
+        said = [i for message in messages if message['role'] == 'user' for i in encode(TOKENIZER, message['content'])]
+        asked = ids[questions.token_loss_mask[start:stop]].tolist()
+        assert asked == ([] if TALKS[number]['kind'] == 'general' else said)
+        marks, learnt = asked_tokens(TOKENIZER, messages), encode_chat(TOKENIZER, messages)[1]
+        assert len(marks) == len(learnt) and not any(one and other for one, other in zip(marks, learnt))
+
+
+@pytest.mark.parametrize('adapters', [0, 4])
+@pytest.mark.parametrize('rows', [None, 1, 3])
+def test_questions_are_read_as_a_naive_loop_reads_them(student, teacher, rows, adapters):
+    "Each conversation alone, unpacked and without padding, by plain forward passes: the values, and the gradients."
+    student, teacher = exact(student), exact(teacher)
+    if adapters:
+        lora(student.model, adapters)
+        for name, parameter in student.model.named_parameters():  # the adapters begin as nothing
+            if 'lora_B' in name: torch.nn.init.constant_(parameter, 0.01)
+    student.model.double()
+    data = talks()
+    batch = batch_maker(data.conversations, None, len(data.conversations), 0, 0, _questions_of(TOKENIZER, data))(0)
+    assert (batch['segments'] == 0).any() and not (batch['papers_loss_mask'] & batch['loss_mask']).any()
+    loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, reference_weight=0.2, reference=LiveTeacher(teacher), answer_weight=0.1)
+    parts = [loss(student.model, part) for part in micro_batches(batch, rows)]
+    sums = dict.fromkeys(('answers', 'distil', 'retention', 'reference'), 0.0)
+    for chat in TALKS:
+        ids, learnt = encode_chat(TOKENIZER, chat['messages'])
+        asked = [0]*len(ids) if chat['kind'] == 'general' else asked_tokens(TOKENIZER, chat['messages'])
+        own = student.model(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad(): other = teacher.model(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        away = (other.exp()*(other - own)).sum(-1)
+        for place, (i, answer, question) in enumerate(zip(ids[1:], learnt[1:], asked[1:])):
+            if answer: sums['answers'], sums['distil'] = sums['answers'] - own[place, i], sums['distil'] + away[place]
+            if question: sums['retention'], sums['reference'] = sums['retention'] - own[place, i], sums['reference'] + away[place]
+    counts = [sum(sum(encode_chat(TOKENIZER, chat['messages'])[1]) for chat in TALKS),
+              sum(sum(asked_tokens(TOKENIZER, chat['messages'])) for chat in TALKS if chat['kind'] != 'general')]
+    assert [batch['count'], batch['papers_count']] == counts
+    wanted = {name: total/counts[name in ('retention', 'reference')] for name, total in sums.items()}
+    for name, value in wanted.items(): torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-9, atol=1e-12)
+    whole = wanted['distil'] + 0.5*wanted['retention'] + 0.2*wanted['reference'] + 0.1*wanted['answers']
+    trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
+    found, naive = (torch.autograd.grad(total, trained) for total in (sum(part['loss'] for part in parts), whole))
+    for one, other in zip(found, naive): torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_the_rows_of_a_batch_are_run_once_whatever_is_learnt_from_them(student, teacher, monkeypatch):
+    runs, real, data = [], distill.hidden_states, talks()
+    monkeypatch.setattr(distill, 'hidden_states', lambda model, rows: runs.append(rows['input_ids'].shape) or real(model, rows))
+    batch = batch_maker(data.conversations, None, 3, 0, 0, _questions_of(TOKENIZER, data))(0)
+    loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, answer_weight=0.1)
+    assert loss(student.model, batch).keys() == {'loss', 'distil', 'answers', 'retention'} and len(runs) == 1
+
+
+@pytest.mark.parametrize(('alternate', 'wanted'), [(0, 'bbbbbb'), (1, 'crcrcr'), (2, 'ccrccr'), (5, 'cccccr')])
+def test_steps_take_turns(alternate, wanted):
+    turns = [_turn_at(step, alternate) for step in range(6)]
+    assert ''.join({(True, True): 'b', (True, False): 'c', (False, True): 'r'}[turn[:2]] for turn in turns) == wanted
+    for kind in {turn[:2] for turn in turns}:  # steps of a kind are counted without a gap
+        assert [number for *turn, number in turns if tuple(turn) == kind] == list(range(wanted.count(wanted[turns.index(
+            next(t for t in turns if t[:2] == kind))])))
+
+
+def test_a_step_holds_rows_of_one_kind_and_learns_as_it_would_alone(student, teacher):
+    "Conversations and papers in their turns are those of separate trainings, in the same order, and so are the losses."
+    student, teacher, data = exact(student), exact(teacher), talks()
+    papers = pack([encode_document(TOKENIZER, document(paper)) for paper in PAPERS], 96)
+    recipe = Recipe(steps=9, batch_size=2, context=96, alternate=2, retention_weight=0.5, answer_weight=0.1, seed=3)
+    batch_at = _batches(student, data, papers, recipe, 0, None, {})
+    loss = distil_loss(LiveTeacher(teacher), retention_weight=0.5, answer_weight=0.1, steps=9, alternate=2)
+    alone = distil_loss(LiveTeacher(teacher), answer_weight=0.1)
+    talk_at, talked, read = batch_maker(data.conversations, None, 2, 0, 3), 0, 0
+    for step in range(9):
+        batch = batch_at(step)
+        assert batch['input_ids'].shape == (2, 96) and batch['step'] == step
+        parts = loss(student.model, batch)
+        if step % 3 == 2:
+            rows = papers.batch(batch_rows(len(papers), 2, read, 3))
+            assert torch.equal(batch['input_ids'], rows['input_ids']) and parts.keys() == {'loss', 'retention'}
+            torch.testing.assert_close(parts['loss'], 0.5*lm_loss(student.model, rows))
+            torch.testing.assert_close(parts['loss'], sum(loss(student.model, part)['loss'] for part in micro_batches(batch, 1)))
+            assert all(name in {paper['id'] for paper in PAPERS} for name in _records_at(data, PAPERS, papers, recipe, step))
+            read += 1
+        else:
+            assert torch.equal(batch['input_ids'], talk_at(talked)['input_ids']) and parts.keys() == {'loss', 'distil', 'answers'}
+            torch.testing.assert_close(parts['loss'], alone(student.model, talk_at(talked))['loss'])
+            assert all(' of ' in name for name in _records_at(data, PAPERS, papers, recipe, step))
+            talked += 1
+
+
+def test_in_the_papers_turn_no_teacher_is_asked(student, data, tmp_path):
+    class Counting(Teacher):
+        open, asked = True, []
+        refuses = {}
+        def loss(self, batch, states, *rest, **options):
+            self.asked.append(int(batch['step']))
+            return states.sum()*0
+    train(Run(tmp_path/'run'), student, Counting(), **data, **SETTINGS | dict(steps=6, alternate=1, probe_every=0))
+    assert Counting.asked == [0, 2, 4]
+    assert ['retention' in row for row in history_of(Run(tmp_path/'run'))] == [False, True]*3
+
+
+def test_a_step_whose_weights_are_all_zero_changes_nothing(student, teacher):
+    student, batch = exact(student), first_batch([conversation(1)])
+    loss = distil_loss(LiveTeacher(teacher), divergence_weight=(1.0, 0.0), retention_weight=0.5, steps=4, alternate=2)
+    found = loss(student.model, batch | dict(step=torch.tensor(3)))
+    found['loss'].backward()
+    assert found.keys() == {'loss'} and not any(weight.grad.any() for weight in student.model.parameters() if weight.grad is not None)
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(alternate=-1), 'alternate is -1, of 3 steps'), (dict(alternate=3), 'alternate is 3, of 3 steps; give fewer'),
+    (dict(alternate=1, retention_weight=0.0), 'nothing is learnt of papers; set retention_weight'),
+    (dict(alternate=1, read_questions=True), 'read_questions leaves no rows of papers'),
+    (dict(read_questions=True, on_policy=OnPolicy(share=0.5)), 'read_questions is on, .*on_policy.share')])
+def test_turns_that_cannot_be_are_refused(student, teacher, data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
+
 
 # --- weights, own answers, other teachers
 

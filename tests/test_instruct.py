@@ -28,6 +28,8 @@ from scilm_adapt.instruct import (
     _endpoint_tokenizer,
     _excerpt_of,
     _kinds_of,
+    _mine_next,
+    _mine_turns,
     _next_turns,
     _preamble,
     _question_in,
@@ -138,6 +140,65 @@ def test_the_mix_is_a_function_of_the_seed(random_teacher):
     assert len({(chat['paper_id'], chat['kind']) for chat in one}) == len(one)
     assert {chat['kind'] for chat in one[:20]} == set(_TAUGHT)  # mixed from the beginning
     assert {chat['kind'] for chat in mine_all(papers, random_teacher.tokenizer, 256, chosen=['terms', 'order'])} == {'terms', 'order'}
+
+
+LONG = dict(id='long', title='How copper carries heat', text=' '.join((
+    'Copper carries heat fast.', 'Free electrons carry the heat from atom to atom in copper.',
+    'Cold copper has electrons that are freer.',
+    'Warm atoms get in the way of electrons.', 'Iron has fewer free electrons than copper.', 'So iron carries less heat.')))
+LONG_RU = dict(id='медь', title='Как медь проводит теплоту', text=' '.join((
+    'Медь быстро проводит теплоту.', 'Теплоту в меди несут свободные электроны.',
+    'Холодная медь проводит теплоту лучше.',
+    'Тёплые атомы мешают электронам.', 'В железе меньше свободных электронов.', 'Поэтому железо проводит теплоту хуже.')))
+
+
+@pytest.mark.parametrize('paper', [LONG, LONG_RU], ids=['en', 'ru'])
+@pytest.mark.parametrize('kind', _TAUGHT)
+@pytest.mark.parametrize('words', [12, 20])
+def test_later_questions_are_about_what_was_said_and_their_answers_are_new(paper, kind, words):
+    chat = _mine_turns(paper, kind, words, 0, list(_TAUGHT), 5)
+    messages, text = chat['messages'], paper['text']
+    assert [message['role'] for message in messages] == ['user', 'assistant']*(len(messages)//2) and 4 <= len(messages) <= 10
+    assert chat['reference'] == messages[1]['content'] and chat['author'] == 'paper'
+    for turn in range(2, len(messages), 2):
+        said, (asked, answer) = ' '.join(message['content'] for message in messages[:turn]), (m['content'] for m in messages[turn:turn + 2])
+        assert '\n' not in asked and '{' not in asked and len(answer.split()) <= words
+        assert not any(part.lower() in said.lower() for part in answer.split('. ')), 'it could be copied'
+        if answer in text:  # what comes next: right behind all that was said of the text
+            known = text[:text.index(answer)].strip()
+            assert all(part.rstrip('.') in said for part in known.split('. ')) and known
+        elif answer != paper['title']: assert all(term in said.lower() for term in answer.split(', '))
+    if paper['title'] in messages[0]['content']: assert all(message['content'] != paper['title'] for message in messages[2:])
+
+
+def test_a_short_answer_is_asked_about_text_that_was_an_answer():
+    chat = _mine_turns(LONG, 'title', 20, 0, list(_TAUGHT), 2)
+    assert LONG['title'] not in chat['messages'][0]['content'] and chat['messages'][3]['content'] == LONG['title']
+    assert _mine_turns(LONG, 'title', 20, 0, list(_TAUGHT), 1) == mine(LONG, 'title', 20, 0) != chat
+    only = _mine_turns(LONG, 'title', 20, 0, ['title', 'terms'], 3)  # nothing may bring the text but the question
+    assert only['messages'][:2] == mine(LONG, 'title', 20, 0)['messages'] and len(only['messages']) == 4
+    assert _mine_turns(LONG | dict(title='', text=''), 'title', 20, 0, list(_TAUGHT), 3) is None
+    assert _mine_next(LONG, mine(LONG, 'explanation', 20, 0)['messages'], 'title', 20, 0) == []      # it was said in the question
+    assert _mine_next(LONG, mine(LONG, 'explanation', 20, 0)['messages'], 'explanation', 20, 0) == []
+
+
+def test_turns_that_do_not_fit_are_left_out_and_more_is_learnt_of_a_row(random_teacher):
+    tokenizer, papers = random_teacher.tokenizer, [LONG | dict(id=str(n)) for n in range(20)]
+    def share(turns: int, context: int) -> float:
+        encoded = [encode_chat(tokenizer, chat['messages']) for chat in mine_all(papers, tokenizer, context, turns=turns)]
+        assert encoded and max(len(ids) for ids, _ in encoded) <= context
+        return sum(sum(mask) for _, mask in encoded)/sum(len(ids) for ids, _ in encoded)
+    assert share(3, 256) > 1.3*share(1, 256) and share(3, 120) > 0
+    sizes = {len(chat['messages']) for context in (120, 256) for chat in mine_all(papers, tokenizer, context, turns=3)}
+    assert {2, 4, 6} >= sizes and 6 in sizes and 4 in sizes
+
+
+def test_only_training_conversations_of_papers_ask_more_than_once(tmp_path, corpus, fluent, random_teacher):
+    sizes = dict(conversations=60, teacher_answers=20, held_out=12, context=256)
+    one, more = (prepare(Run(tmp_path/str(turns)), corpus, fluent, **sizes, turns=turns) for turns in (1, 3))
+    assert (one.valid, one.test) == (more.valid, more.test) and one.train[:20] == more.train[:20] and len(more.train) == 60
+    assert {len(chat['messages']) for chat in more.train[:20]} == {2} and max(len(chat['messages']) for chat in more.train[20:]) > 2
+    with pytest.raises(InputError, match='turns is 0; give at least 1'): prepare(Run(tmp_path/'no'), corpus, fluent, **sizes, turns=0)
 
 
 @pytest.mark.parametrize('most', [0, 1, 7, 10_000, None])

@@ -323,6 +323,9 @@ def test_only_what_is_far_above_the_usual_is_bad():
     assert not any(_bad_numbers(row['loss'], 1.0, falling[:n], False) for n, row in enumerate(falling))
     calm = rows([1.9, 2.0, 2.1]*20)
     assert _bad_numbers(7.1, 1.0, calm, False) and not _bad_numbers(6.9, 1.0, calm, False)
+    turns = [row for calm_row in calm for row in (calm_row | dict(distil=1.0), dict(loss=9.0, grad_norm=1.0, retention=9.0))]
+    assert _bad_numbers(9.0, 1.0, turns[::2], False) and not _bad_numbers(9.0, 1.0, turns, False, ('loss', 'retention'))
+    assert _bad_numbers(9.0, 1.0, turns, False, ('loss', 'distil'))                # steps that learn alternately are judged by their kind
     assert not _bad_numbers(50.0, 1e9, falling[:19], False)                # nothing is usual yet
     assert not _bad_numbers(0.9, 30.0, rows([1e-3]*50, 1e-4), False)       # learnt by heart, then a sentence that is new
     assert _bad_numbers(2.0, 1e4, falling, False) and not _bad_numbers(2.0, math.inf, falling, True)
