@@ -884,8 +884,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
     `kinds` names the kinds that are mined; '' or 'all' takes all. `evaluation` is a file, folder or pattern of evaluation texts that
     must not be in a conversation ('' = none); the teacher may spend `thoughts` (tokens) before each answer. `chats` is a folder made by
     `build`, whose conversations are taken instead, see `open_chats`. The `tokenizer` says what fits (None = the teacher's). Those for
-    training that the papers answer have up to `turns` questions about the same paper, which is read once for all of them.
-    InputError when a split yields none.
+    training that papers answer have up to `turns` questions about one paper. InputError when a split yields none.
     """
     _check_share(general_share, teacher)
     if turns < 1: raise InputError(f'turns is {turns}; give at least 1, the number of questions about a paper in one conversation.')
