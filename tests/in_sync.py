@@ -32,19 +32,24 @@ def generate(root: Path) -> None:
         subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
 
 
-def out_of_sync(root: Path = ROOT) -> list[str]:
-    "One line for each file below `root` that differs from what its notebook says."
+def expected(root: Path) -> dict[str, bytes]:
+    "What `generated` gives where every file below `root` says what its notebook says."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         copy_sources(root, copy)
         generate(copy)
-        have, want = generated(root), generated(copy)
+        return generated(copy)
+
+
+def out_of_sync(root: Path, want: dict[str, bytes]) -> list[str]:
+    "One line for each file below `root` that differs from what is wanted."
+    have = generated(root)
     notes = [(name, 'missing' if name not in have else 'no notebook exports it' if name not in want else 'differs')
              for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
     return [f'{name}: {note}' for name, note in notes]
 
 
 if __name__ == '__main__':
-    if lines := out_of_sync():
+    if lines := out_of_sync(ROOT, expected(ROOT)):
         sys.exit('\n'.join(['Out of step with the notebooks:', *(f'  {line}' for line in lines), WAY_OUT]))
     print('generated files say what the notebooks say')

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import pytest
 import yaml
-from in_sync import out_of_sync
+from in_sync import expected, out_of_sync
 from IPython.core.inputtransformer2 import TransformerManager
 from nbdev.frontmatter import _md2dict
 from packaging.requirements import Requirement
@@ -61,6 +62,7 @@ def parse(source: str) -> ast.Module:
     return ast.parse(TransformerManager().transform_cell(source))
 
 
+@cache
 def trees(path: Path) -> list[ast.Module]:
     "Syntax trees of a notebook's cells, or of a Python file."
     return [parse(source) for source in code(path)] if path.suffix == '.ipynb' else [ast.parse(path.read_text('utf-8'))]
@@ -265,11 +267,15 @@ def test_sync_check_sees_an_edited_and_an_orphaned_module(tmp_path):
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs', symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(ROOT/'scilm_adapt', tmp_path/'scilm_adapt', ignore=shutil.ignore_patterns('zoo', '__pycache__'))
     for name in ('settings.ini', 'README.md', '_quarto.yml'): shutil.copy(ROOT/name, tmp_path)
-    before = out_of_sync(tmp_path)
-    with open(tmp_path/'scilm_adapt'/'runs.py', 'a') as file: file.write('\n# edited by hand\n')
-    (tmp_path/'scilm_adapt'/'orphan.py').write_text('x = 1\n')
-    new = set(out_of_sync(tmp_path)) - set(before)
-    assert new == {'scilm_adapt/runs.py: differs', 'scilm_adapt/orphan.py: no notebook exports it'}
+    edited, orphan = tmp_path/'scilm_adapt'/'runs.py', tmp_path/'scilm_adapt'/'orphan.py'
+    whole = edited.read_text(encoding='utf-8')
+    edited.write_text(f'{whole}\n# edited by hand\n', encoding='utf-8')
+    orphan.write_text('x = 1\n')
+    wanted = expected(tmp_path)
+    seen = set(out_of_sync(tmp_path, wanted))
+    edited.write_text(whole, encoding='utf-8')
+    orphan.unlink()
+    assert seen - {*out_of_sync(tmp_path, wanted)} == {'scilm_adapt/runs.py: differs', 'scilm_adapt/orphan.py: no notebook exports it'}
 
 
 def test_notebook_cells_run_as_the_lines_they_export(tmp_path, monkeypatch):

@@ -276,7 +276,9 @@ def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypat
     client = subprocess.Popen([sys.executable, '-c', CLIENT, tmp_path/'teacher', tmp_path/'chats.json', file], stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 90
-        while not file.exists() or file.read_bytes().count(b'\n') < 17: assert time.monotonic() < end and client.poll() is None
+        while not file.exists() or file.read_bytes().count(b'\n') < 17:
+            assert time.monotonic() < end and client.poll() is None
+            time.sleep(0.01)
         os.kill(client.pid, signal.SIGKILL)
     finally: client.kill(); client.wait()
     kept = len(finished(file))

@@ -11,7 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import Serve
 
-from scilm_adapt import contrast, distill, evaluate, instruct, models, report, runs
+from scilm_adapt import cli, contrast, distill, evaluate, instruct, models, report, runs
+from scilm_adapt.errors import InputError
 from scilm_adapt.papers import prepare
 from scilm_adapt.runs import Run
 
@@ -47,6 +48,12 @@ def save_pair(folder: Path, family: str, texts: dict[str, Path]) -> tuple[Path, 
         if name == 'student': lm.tokenizer.chat_template = None
         pair.append(models.save(lm, folder/name))
     return tuple(pair)
+
+
+def scilm(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    "`scilm ARGUMENTS` to its end, in a folder."
+    command = [sys.executable, '-m', 'scilm_adapt.cli', *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize('family', models.families(1, 1, 1, 1, 1))
@@ -86,8 +93,8 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
                   references=f'zoo:teacher {student}', trackers='tensorboard')
     preset |= {'distil.divergence': 'jsd', 'contrast.steps': 2, 'distil.steps': 2}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
-    command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-p', 'seed', '7', '-o', 'mine']
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = ['run', '-f', 'small.yaml', '-p', 'seed', '7', '-o', 'mine']
+    done = scilm(tmp_path, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert '| distilled ' in done.stdout and str(Path('mine')/'report.html') in done.stdout
     metrics = json.loads((tmp_path/'mine'/'metrics.json').read_text())
@@ -98,64 +105,59 @@ def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     assert str(tmp_path) not in (tmp_path/'mine'/'report.md').read_text()
     assert {path.parent.name for path in (tmp_path/'mine'/'trackers').rglob('events.*')} >= {'contrast', 'distil'}
 
-    broken = subprocess.run([*command, '-p', 'text_field', 'summary'], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    broken = scilm(tmp_path, *command, '-p', 'text_field', 'summary')
     assert broken.returncode == 2 and "no field 'summary'" in broken.stderr and 'Traceback' not in broken.stderr
     assert json.loads((tmp_path/'mine'/'metrics.json').read_text()) == metrics  # what was there is still there
 
 
-def test_the_notebook_takes_models_with_different_tokenizers_and_other_ways_to_learn(texts, tmp_path):
+def test_the_notebook_takes_models_with_different_tokenizers_and_a_folder_of_conversations(texts, tmp_path, monkeypatch):
+    "`scilm papers` and `scilm instruct` make the conversations, and a run takes them and other ways to learn."
+    monkeypatch.chdir(tmp_path)
+    for command in (['papers', str(texts['papers']), '-o', 'papers'],
+                    ['instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'claim']):
+        assert cli.main(command) == 0
     words = [json.loads(line)['abstract'] for line in texts['papers'].read_text().splitlines()]
     student, teacher = models.tiny(words, 'gpt2', size=350, hidden=32, context=256), models.tiny(words, 'llama', hidden=48, context=256)
     student.tokenizer.chat_template = None
     for lm, name in ((student, 'student'), (teacher, 'teacher')): models.save(lm, tmp_path/name)
     preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), context=160,
-                  general=str(texts['tales']), batch_size=4, conversations=40, teacher_answers=0, documents=8, questions=4)
+                  general=str(texts['tales']), batch_size=4, chats='chats', teacher_answers=0, documents=8, questions=4)
     preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 2, 'distil.reference_weight': '0.3 0.1',
                'distil.authors': 'paper'}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
-    command = [sys.executable, '-m', 'scilm_adapt.cli', 'run', '-f', str(tmp_path/'small.yaml'), '-o', 'mine']
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'mine')
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'repaired: the student now has a plain chat template' in done.stdout and 'byte by byte' in done.stdout
     history = json.loads((tmp_path/'mine'/'models'/'distilled'/'history.json').read_text())
     assert {'distil', 'answers', 'retention', 'reference', 'probe_kl'} <= history[-1].keys()
+    kinds = json.loads((tmp_path/'mine'/'chats'/'report.json').read_text())['kinds']['train']
+    assert set(kinds) == {'title', 'claim'}, 'those of the folder, not new ones'
 
-    for setting, value in {'distil.on_policy.share': '0.5', 'distil.shift': '0.5'}.items():
-        wrong = subprocess.run([*command, '-p', setting, value], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        named = f"{setting.removeprefix('distil.')} is 0.5"
-        assert wrong.returncode == 2 and named in wrong.stderr and 'cannot bridge' in wrong.stderr and 'Traceback' not in wrong.stderr
-        assert 'contrast: 2 steps' not in wrong.stdout, 'it is said before stage 1 begins'
+    wrong = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'mine', '-p', 'distil.on_policy.share', '0.5')
+    assert wrong.returncode == 2 and 'on_policy.share is 0.5' in wrong.stderr and 'cannot bridge' in wrong.stderr
+    assert 'Traceback' not in wrong.stderr and 'contrast: 2 steps' not in wrong.stdout, 'it is said before stage 1 begins'
+    base = models.load(tmp_path/'mine'/'models'/'base')  # with the template
+    with pytest.raises(InputError, match=r'shift is 0\.5.*cannot bridge'): distill.resolved(base, teacher, base, dict(shift=0.5))
+
+    (tmp_path/'chats'/'report.json').write_text('{}')
+    broken = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'broken')
+    assert broken.returncode == 2 and 'chats' in broken.stderr and 'Traceback' not in broken.stderr
+    assert not (tmp_path/'broken'/'models'/'contrast').exists(), 'it is said before anything is trained'
 
 
-def test_the_notebook_takes_a_server_for_its_teacher_and_a_folder_of_conversations(texts, tmp_path):
-    "`scilm papers` and `scilm instruct` make the conversations, a real server teaches, and a run takes both."
+def test_the_notebook_takes_a_server_for_its_teacher(texts, tmp_path):
     student, teacher = save_pair(tmp_path, 'llama', texts)
     teacher.rename(tmp_path/'model')
-    def scilm(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, '-m', 'scilm_adapt.cli', *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    for done in (scilm('papers', texts['papers'], '-o', 'papers'),
-                 scilm('instruct', 'papers', '-o', 'chats', '--kinds', 'title', 'claim')):
-        assert done.returncode == 0, done.stdout + done.stderr
     preset = dict(student=str(student), papers=str(texts['papers']), general=str(texts['tales']), context=128, batch_size=4,
                   conversations=40, teacher_answers=3, documents=8, questions=4)
     preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 0}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     with Serve(tmp_path) as server:
-        taught = scilm('run', '-f', 'small.yaml', '-p', 'teacher', f'{server.endpoint.url}#model', '-o', 'taught')
+        taught = scilm(tmp_path, 'run', '-f', 'small.yaml', '-p', 'teacher', f'{server.endpoint.url}#model', '-o', 'taught')
         asked = server.requests
     assert taught.returncode == 0, taught.stdout + taught.stderr
     assert 'is a server: it is asked' in taught.stdout and 'its answers alone are learnt' in taught.stdout and asked >= 3
     assert [*json.loads((tmp_path/'taught'/'metrics.json').read_text())['models']] == ['base', 'contrast', 'distilled']
-
-    given = scilm('run', '-f', 'small.yaml', '-p', 'teacher', 'model', '-p', 'chats', 'chats', '-o', 'given')
-    assert given.returncode == 0, given.stdout + given.stderr
-    kinds = json.loads((tmp_path/'given'/'chats'/'report.json').read_text())['kinds']['train']
-    assert set(kinds) == {'title', 'claim'}, 'those of the folder, not new ones'
-    (tmp_path/'chats'/'report.json').write_text('{}')
-    broken = scilm('run', '-f', 'small.yaml', '-p', 'teacher', 'model', '-p', 'chats', 'chats', '-o', 'broken')
-    assert broken.returncode == 2 and 'chats' in broken.stderr and 'Traceback' not in broken.stderr
-    assert not (tmp_path/'broken'/'models'/'contrast').exists(), 'it is said before anything is trained'
 
 
 @pytest.mark.parametrize(('name', 'parameters', 'said'), [
