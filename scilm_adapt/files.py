@@ -201,6 +201,11 @@ def _digests(folder: Path) -> dict[str, list[str]]:
     return {name: [entry['sha256']] for name, entry in named.items()} | {MANIFEST: [file_hash(folder/MANIFEST)]}
 
 # %% ../nbs/01_files.ipynb #a9c73873
+def _barely_begun(folder: Path) -> bool:
+    "Whether a folder has the name of one of ours and nothing in it: who made it was killed before it was marked, or after it was emptied."
+    return ASIDE.fullmatch(folder.name) is not None and not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
+
+
 def look(folder: str | Path, known: dict[str, list[str]] | None = None) -> tuple[list[Path], list[Path]]:
     """What lies in a folder and is not ours: (strange: nobody wrote it down, changed: one of our names with other bytes).
 
@@ -219,7 +224,7 @@ def look(folder: str | Path, known: dict[str, list[str]] | None = None) -> tuple
             if path.is_dir() and not path.is_symlink():
                 if name in above: continue
                 inner.remove(path.name)
-                if not marked(path): strange.append(path)
+                if not marked(path) and not _barely_begun(path): strange.append(path)
             elif not is_plain(path) or name not in sure and name not in named: strange.append(path)
             elif name not in sure and file_hash(path) not in named[name]: changed.append(path)
     return strange, changed
@@ -311,8 +316,10 @@ def drop(folder: Path, known: dict[str, list[str]] | None = None) -> None:
 def sweep(final: Path) -> None:
     "Finish or remove what killed processes left of `final`, in it and beside it."
     for left in sorted(final.glob('.scilm.*')):  # it was filled in place: what had been moved out of the folder aside is in its manifest
-        about = marked(left)
-        if not ASIDE.fullmatch(left.name) or not about or _alive(about['process'], about['machine']): continue
+        about, match = marked(left), ASIDE.fullmatch(left.name)
+        if not match or _alive(about.get('process', int(match[2])), about.get('machine', '')): continue
+        if _barely_begun(left): left.rmdir()
+        if not about: continue
         if not read_manifest(final):
             here = {name: wanted for name, wanted in _digests(left).items() if is_plain(final/name)}
             _remove_files(final, [name for name, wanted in here.items() if file_hash(final/name) in wanted])

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -177,6 +178,29 @@ def test_killed_at_any_moment_it_loses_nothing_and_goes_on(source, made, tmp_pat
     assert attempt(work, str(out)) == 'done' and kept(before, tmp_path)
     left = [path.name for path in (tmp_path/'tree').iterdir() if path.name.startswith('.out.') and f'tree/{path.name}' not in before]
     assert not left or name == 'checkpoints', left
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_folder_that_was_not_marked_yet_is_in_nobodys_way(source, tmp_path, monkeypatch, inside):
+    "Killed between making a folder and marking it, or between emptying and removing it, a process leaves an empty one."
+    process = subprocess.Popen(['true'])
+    process.wait()
+    out = tmp_path/'out'
+    left = out/f'.scilm.{process.pid}-0123abcd' if inside else tmp_path/f'.out.{process.pid}-0123abcd'
+    left.mkdir(parents=True)
+    monkeypatch.chdir(out if inside else tmp_path)
+    for _ in range(2): assert scilm('papers', source/'papers.jsonl', '-o', '.' if inside else 'out') == 0
+    assert is_papers(out) and not left.exists()
+
+
+def test_a_folder_named_like_ours_with_something_in_it_is_not_ours(source, tmp_path, monkeypatch, capsys):
+    process = subprocess.Popen(['true'])
+    process.wait()
+    theirs = tmp_path/f'.scilm.{process.pid}-0123abcd'/'thesis.txt'
+    theirs.parent.mkdir()
+    theirs.write_text('three years')
+    monkeypatch.chdir(tmp_path)
+    assert scilm('papers', source/'papers.jsonl', '-o', '.') == 2 and theirs.read_text() == 'three years'
 
 
 # --- what -o may be ---------------------------------------------------------------------------------------------------------------
