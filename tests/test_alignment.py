@@ -336,7 +336,7 @@ def test_a_batch_without_loss_tokens_gives_zero_and_no_gradient():
     assert loss.item() == 0
 
 
-def learn_by_heart(lm, chats, steps: int = 50):
+def learn_by_heart(lm, chats, steps: int = 80):
     batch = chat_batch(lm.tokenizer, chats)
     fit(lm.model, lambda step: batch, lambda model, batch: dict(loss=lm_loss(model, batch)), steps=steps, learning_rate=1e-2)
     return lm
