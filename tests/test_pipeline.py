@@ -86,6 +86,27 @@ def test_every_family_goes_all_the_way(family, texts, tmp_path):
     assert trained[0] < trained[1]  # three steps from random weights are enough to see it learn
 
 
+def test_a_run_cuts_its_student_out_of_a_model_heals_it_and_rehearses(texts, tmp_path):
+    preset = dict(student='zoo:teacher', teacher='zoo:teacher', papers=str(texts['papers']), general=str(texts['tales']), context=128,
+                  batch_size=4, conversations=24, turns=2, teacher_answers=0, general_share=0.6, documents=4, questions=2,
+                  interpolation=0.5)
+    preset |= {'heal.layers': 4, 'heal.vocabulary': 1500, 'heal.steps': 2, 'contrast.steps': 1, 'contrast.anchor_weight': 0.1,
+               'contrast.replay_share': 0.25, 'distil.steps': 1, 'distil.read_questions': True, 'distil.probe_every': 0}
+    (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
+    done = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'mine')
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path/'mine'/'metrics.json').read_text())
+    assert {'models/shrunk', 'models/healed', 'general-chats'} <= metrics['seconds'].keys()
+    found = metrics['models']
+    assert found['base']['params'] == found['distilled']['params'] < found['teacher']['params'] < models.parameter_count(
+        models.load('zoo:teacher').model)  # the teacher has lost the same tokens
+    assert found['teacher']['agreement']['value'] == 1 and abs(found['teacher']['teacher_kl']['value']) < 1e-5
+    assert all(found[name]['teacher_kl']['value'] > 0 and found[name]['general_answers'] for name in ('base', 'contrast', 'distilled'))
+    sizes = {name: len(AutoTokenizer.from_pretrained(tmp_path/'mine'/'models'/name)) for name in ('base', 'distilled', 'teacher')}
+    assert len({*sizes.values()}) == 1 and sizes['teacher'] <= 1500
+    assert 'about anything' in (tmp_path/'mine'/'models'/'distilled'/'README.md').read_text()
+
+
 def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     student, teacher = save_pair(tmp_path, 'qwen2', texts)
     preset = dict(student=str(student), teacher=str(teacher), papers=str(texts['papers']), general=str(texts['tales']), context=128,
