@@ -354,10 +354,9 @@ def _open(where: str | Path, dtype: torch.dtype, **rounded: object) -> tuple[Pre
     return model, tokenizer, found
 
 
-def _open_gguf(where: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, object, dict]:
-    "See `open_gguf`. The file that `smollm2` knows is multiplied out once and kept in the user's cache, as that takes half a minute."
+def _open_gguf(where: str, name: str, dtype: torch.dtype, known: bool) -> tuple[PreTrainedModel, object, dict]:
+    "See `open_gguf`. A `known` file is multiplied out once and kept in the user's cache, as that takes half a minute."
     kept = cache_folder()/name.removesuffix('.gguf')
-    known = str(Path(where)/name) == smollm2()
     if known and read_manifest(kept): return _open(kept, dtype)
     path = cached_file(where, name)
     need, free = read_header(path)[1]*dtype.itemsize, _free_memory(torch.device('cpu'))
@@ -399,7 +398,7 @@ def load(source: str | Path, device: torch.device | str | None = None, dtype: to
     gguf = gguf_source(where)
     if gguf and bits: raise InputError(f'bits is {bits}, but {source} is a GGUF file, whose weights are multiplied out; leave bits at 0.')
     try:
-        model, tokenizer, found = _open_gguf(*gguf, dtype) if gguf else _open(where, dtype, **rounded)
+        model, tokenizer, found = _open_gguf(*gguf, dtype, str(source) in zoo) if gguf else _open(where, dtype, **rounded)
         if missing := sorted(found['missing_keys']):  # the library fills them with chance and goes on
             raise ValueError(f"{len(missing)} weights are missing in its files, among them {missing[0]}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

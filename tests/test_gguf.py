@@ -253,6 +253,12 @@ def test_another_file_under_the_known_name_is_refused(packaged):
         load('smollm2', 'cpu')
 
 
+def test_a_spoilt_package_is_in_no_other_files_way(packaged, tmp_path):
+    own = write(small('llama'), tmp_path/'own.gguf')
+    packaged.write_bytes(b'GGUF')
+    assert load(own, 'cpu').name == str(own)
+
+
 def test_a_spoilt_copy_is_made_anew(packaged, tmp_path):
     first = load('smollm2', 'cpu')
     weights = tmp_path/'cache'/'scilm_adapt'/packaged.stem/'model.safetensors'
