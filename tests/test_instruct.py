@@ -287,11 +287,12 @@ def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypat
     computed, respond = [], instruct.respond
     monkeypatch.setattr(instruct, 'respond', lambda lm, prompts, *a, **k: computed.append(len(prompts)) or respond(lm, prompts, *a, **k))
     resumed = ask_teacher(fluent, chats, 128, file=file)
-    assert sum(computed) <= 96 - kept//8*8  # whole parts are not computed again
+    assert sum(computed) <= 96 - kept  # what was answered is not computed again
     assert resumed == ask_teacher(fluent, chats, 128)
     computed.clear()
     assert ask_teacher(fluent, chats, 128, file=file) == resumed and computed == []
-    ask_teacher(fluent, chats[:8], 128, seed=1, file=file)  # another seed is another question
+    assert ask_teacher(fluent, chats[3:9], 128, seed=1, file=file) == resumed[3:9] and computed == []  # nothing is drawn: no seed, no place
+    ask_teacher(fluent, chats[:8], 124, file=file)  # an answer of another length is another one
     assert sum(computed) >= 7
 
 
