@@ -10,13 +10,20 @@ VERSION_CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("scilm_adap
 	+ sys.version.split()[0] + ": name a newer one, as in `make PYTHON=python3.12 run`.")
 
 .DEFAULT_GOAL := help
-.PHONY: help run test faults machines docs lab export clean
+.PHONY: help run toy real test faults machines docs lab export clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
-run: $(INSTALLED)  ## adapt a small model with the quickstart preset: a few minutes on two cores, results in outputs/quickstart
+run: $(INSTALLED)  ## adapt a real model to science: a quarter of an hour on two cores, results in outputs/quickstart
 	@$(BIN)/scilm run -f nbs/presets/quickstart.yaml -o outputs/quickstart
+
+toy: $(INSTALLED)  ## the same with two toys that talk nonsense: a few minutes, results in outputs/toy
+	@$(BIN)/scilm run -f nbs/presets/toy.yaml -o outputs/toy
+
+real: $(INSTALLED)  ## the same on your own papers, `make real PAPERS=folder`: one to two hours on two cores, results in outputs/real
+	@test -n "$(PAPERS)" || { echo 'Name your papers, a file or folder of any usual form, as in `make real PAPERS=abstracts`.'; exit 2; }
+	@$(BIN)/scilm run -f nbs/presets/real.yaml -p papers "$(PAPERS)" -o outputs/real
 
 test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at most twenty-five minutes
 	@echo '== generated files'

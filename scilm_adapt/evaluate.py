@@ -69,9 +69,17 @@ def _bits_of_answers(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 
 def answers_of(subject: Subject) -> list[dict]:
-    "What the subject answers to the test questions, see `generations`."
+    "What the subject answers to the test questions, see `_generations`."
     return subject.once('answered', partial(_generations, subject.lm, subject.items['answers'], subject.max_new_tokens,
                                             description=f'{subject.name}: answering'))
+
+
+def _conversed(subject: Subject, number: int = 3) -> list[dict]:
+    "What the subject answers to the first general questions; nothing where there are none, or where it cannot be asked."
+    chats = [chat | dict(reference=chat['messages'][-1]['content']) for chat in subject.items.get('general_chats', ())[:number]]
+    try: return subject.once('conversed', partial(_generations, subject.lm, chats, subject.max_new_tokens,
+                                                  description=f'{subject.name}: conversing')) if chats else []
+    except InputError: return []
 
 
 def _ended(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
@@ -256,11 +264,12 @@ def _answered(subject: Subject) -> list[dict]:
 
 def measure(models: dict[str, LanguageModel], items: dict[str, list[dict]], metrics: dict[str, Metric] = metrics,
             max_new_tokens: int = 96, context: int = 512, scratch: Path | None = None) -> dict:
-    """Raw numbers, JSON-able: the 'ids' of the test items, each model's 'params' and its 'answered' questions, and by metric and model
-    the 'rows', numerators and denominators. What is complete is kept in `scratch`, and a later call goes on there."""
+    """Raw numbers, JSON-able: the 'ids' of the test items, each model's 'params', its 'answered' questions and
+    what it 'conversed', and by metric and model the 'rows', numerators and denominators.
+    What is complete is kept in `scratch`; a later call goes on there."""
     context = min(context, *(lm.context for lm in models.values()))  # the same windows for all
     metrics = {name: metric for name, metric in metrics.items() if metric.items != 'general_chats' or metric.items in items}
-    found = dict(ids={part: [item['id'] for item in some] for part, some in items.items()}, params={}, answered={},
+    found = dict(ids={part: [item['id'] for item in some] for part, some in items.items()}, params={}, answered={}, conversed={},
                  rows={name: {} for name in metrics})
     for model, lm in models.items():
         def keep(name: str, make: Callable[[], object], model: str = model) -> object:
@@ -269,6 +278,7 @@ def measure(models: dict[str, LanguageModel], items: dict[str, list[dict]], metr
         subject = Subject(model, lm, items, context, max_new_tokens, keep, teacher=models.get('teacher'))
         for name, metric in metrics.items(): found['rows'][name][model] = keep(name, partial(_rows_of, subject, metric))
         found['params'][model], found['answered'][model] = parameter_count(lm.model), _answered(subject)
+        found['conversed'][model] = _conversed(subject)
     return found
 
 # %% ../nbs/41_evaluate.ipynb #f5eeb2f4
@@ -347,8 +357,9 @@ def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: C
             compared: list[Compared] | None = None) -> dict:
     """Measure `models` on at most `documents` test texts of each domain and `answers` test questions, as the stage 'evaluation'.
 
-    The result is that of `summarise`, with each model's first ten 'generations'. The raw numbers are kept in measured.json. Roles, colours
-    and the order of the models are those `compared` (None: by their names, see `lineup`); `metrics` None are `metrics_for` the chats.
+    The result is that of `summarise`, with each model's first ten 'generations', and the first three to general questions, 'conversed'.
+    The raw numbers are kept in measured.json. Roles, colours and the order of the models are those `compared` (None: by their names, see
+    `lineup`); `metrics` None are `metrics_for` the chats.
     """
     compared, metrics = compared or lineup(models), metrics or metrics_for(chats)
     say(f"evaluation: {', '.join(models)} on {', '.join(metric.title for metric in metrics.values())}")
@@ -357,7 +368,8 @@ def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: C
         measured = measure(models, items, metrics, max_new_tokens, context, scratch)
         write_json(folder/'measured.json', measured)
         first = {model: answered[:10] for model, answered in measured['answered'].items() if answered}
-        write_json(folder/'evaluation.json', summarise(measured, seed, metrics, compared) | dict(generations=first))
+        said = dict(generations=first, conversed={model: answers for model, answers in measured['conversed'].items() if answers})
+        write_json(folder/'evaluation.json', summarise(measured, seed, metrics, compared) | said)
     prints = {name: content_hash([weights_hash(lm.model), lm.tokenizer.chat_template]) for name, lm in models.items()}
     config = dict(models=prints, documents=documents, answers=answers, max_new_tokens=max_new_tokens, context=context, seed=seed,
                   metrics=list(metrics), compared=[asdict(one) for one in compared])

@@ -6,11 +6,11 @@
 __all__ = ['Recipe', 'cut', 'healing_rows', 'train']
 
 # %% ../nbs/40_heal.ipynb #7a1b0004
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from . import recipe as recipes
@@ -77,18 +77,29 @@ def cut(run: Run, lm: LanguageModel, teacher: object, corpus: Corpus, **settings
 
 # %% ../nbs/40_heal.ipynb #7a1b000b
 def healing_rows(tokenizer: object, texts: Sequence[str], chats: Sequence[dict], recipe: Recipe) -> Packed:
-    "Packed rows of general texts and conversations, in the recipe's share of tokens; InputError when one of them is wanted and not there."
+    """Packed rows of general texts and conversations, in the recipe's share of tokens, as many as its steps read, or as there are texts.
+
+    Conversations that are too few come again, as often as that takes. InputError when they are wanted and there are none.
+    """
     share = recipe.conversation_share
     talks = [encode_chat(tokenizer, chat['messages'])[0] for chat in chats] if share else []
     if share and not talks:
         raise InputError(f'conversation_share is {share}, and there are no conversations about anything; set general_share above 0, or '
                          f'heal.conversation_share to 0.')
-    read, room = [], sum(map(len, talks))*(1 - share)/share if share else np.inf
-    for ids in encode_documents(tokenizer, (texts[n] for n in rng('heal', recipe.seed).permutation(len(texts)))):
+    order = rng('heal', recipe.seed).permutation(len(texts))
+    read = _up_to(encode_documents(tokenizer, (texts[n] for n in order)), recipe.steps*recipe.batch_size*recipe.context*(1 - share))
+    said = _up_to(cycle(talks), sum(map(len, read))*share/(1 - share))
+    return pack(said + read, recipe.context, share=USEFUL)
+
+
+def _up_to(documents: Iterable[list[int]], tokens: float) -> list[list[int]]:
+    "The first documents (token ids), up to the one with which they have so many tokens."
+    found, room = [], tokens
+    for ids in documents:
         if room <= 0: break
-        read.append(ids)
+        found.append(ids)
         room -= len(ids)
-    return pack(talks + read, recipe.context, share=USEFUL)
+    return found
 
 # %% ../nbs/40_heal.ipynb #7a1b000d
 def train(run: Run, small: LanguageModel, whole: LanguageModel, corpus: Corpus, chats: Sequence[dict] = (), parents: Sequence[Path] = (),

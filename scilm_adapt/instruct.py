@@ -156,7 +156,7 @@ def _local_answers(lm: LanguageModel, prompts: list[list[int]], room: int, tempe
     with appending(file) as append:
         for at in range(0, len(prompts), _CHUNK):
             part = prompts[at:at + _CHUNK]
-            drawn = [[part, number, temperature, seed] if temperature else [] for number in range(len(part))]  # greedy: by the prompt alone
+            drawn = [[part, at + number, temperature, seed]*(temperature > 0) for number in range(len(part))]  # greedy: by the prompt
             keys = [content_hash([mark, prompt, room, *more]) for prompt, more in zip(part, drawn)]
             missing = [number for number, key in enumerate(keys) if key not in kept]
             if missing and temperature: missing = [*range(len(part))]  # they were drawn together
@@ -532,10 +532,10 @@ answer_filters: dict[str, Callable[[dict, dict], str]] = dict(
     copy=_is_copy, loop=_is_loop, grounding=_is_ungrounded)
 
 
-def _refusal_of(chat: dict, paper: dict) -> tuple[str, str]:
-    "The name of the first filter that refuses a teacher's answer, and its reason; ('', '') for what is kept, and for a paper's own."
+def _refusal_of(chat: dict, paper: dict, filters: dict[str, Callable] = answer_filters) -> tuple[str, str]:
+    "The name of the first of `filters` that refuses a teacher's answer, and its reason; ('', '') for what is kept, and for a paper's own."
     if chat['author'] == 'paper': return '', ''
-    return next(((name, reason) for name, judge in answer_filters.items() if (reason := judge(chat, paper))), ('', ''))
+    return next(((name, reason) for name, judge in filters.items() if (reason := judge(chat, paper))), ('', ''))
 
 # %% ../nbs/30_instruct.ipynb #aa066b05
 @dataclass
@@ -821,16 +821,29 @@ def general_chats(teacher: LanguageModel | Endpoint, number: int, context: int, 
     """So many conversations about anything, as candidates, and what they cost: the teacher speaks as its own user, out of nothing but its
     chat template, and answers.
 
-    A turn of the user has at most a quarter of `context` tokens, an answer half. `thoughts` as for `prepare`. Source: arXiv:2406.08464.
+    A turn of the user has at most a quarter of `context` tokens, an answer half; one that is not over by then ends with its last whole
+    sentence. `thoughts` as for `prepare`. Source: arXiv:2406.08464.
     """
     spoken, usage = _both_sides(teacher, [[]]*number, context//2, seed, file, thoughts)
     papers = [dict(id=f'general-{seed}-{n}', title='', text=said) for n, (said, *_) in enumerate(spoken)]
-    return [_candidate(paper, 'general', said, said, answer, problem) for paper, (said, answer, problem) in zip(papers, spoken)], usage
+    return [_candidate(paper, 'general', said, said, answer and _to_last_sentence(answer), problem)
+            for paper, (said, answer, problem) in zip(papers, spoken)], usage
+
+
+def _to_last_sentence(answer: Answer) -> Answer:
+    "An answer that did not end as one that ends with its last whole sentence, if there is one; any other as it is."
+    parts = [] if answer.stopped or answer.lost else sentences(answer.text)
+    text = answer.text[:answer.text.rfind(parts[-1])].rstrip() if len(parts) > 1 else ''
+    text = re.sub(r'\n\s*(?:\d+[.)]|[-*•])$', '', text).rstrip()  # the number of an item that has not begun
+    return replace(answer, text=text, stopped=True) if text else answer
 
 
 def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: object, number: int, context: int, seed: int,
                      thoughts: int, evaluation: str) -> Path:
-    "`number` of `general_chats` for training and `_HELD_OUT` for the test, those that are refused left out, as the stage 'general-chats'."
+    """`number` of `general_chats` for training and `_HELD_OUT` for the test as the stage 'general-chats', without those that are refused.
+
+    That the teacher declines to answer is no reason: to decline what should be declined is part of being aligned.
+    """
     wanted = dict(train=(number, seed), valid=(0, seed), test=(_HELD_OUT, seed + 1_000_003))  # other draws for the test
     def make(folder: Path, scratch: Path) -> None:
         shipped = [ZOO/'smollm2-80m'] if getattr(teacher, 'name', '') == 'smollm2' else []  # half an hour's work, done once
@@ -840,7 +853,8 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
             chats, usage = general_chats(teacher, most, context, chance, file, thoughts) if most else ([], Usage())
             fitting = (chat for chat in chats if chat['problem'] or _fits(tokenizer, chat, context))
             return ((line, dict(id=chat['paper_id']), [chat]) for line, chat in enumerate(fitting, 1)), usage
-        report = _write_set(folder, items, QualityFilter(_evaluation_set([evaluation] if evaluation else [])))
+        judge = partial(_refusal_of, filters={name: one for name, one in answer_filters.items() if name != 'refusal'})
+        report = _write_set(folder, items, QualityFilter(_evaluation_set([evaluation] if evaluation else []), judge))
         if not report['kinds']['train']:
             raise InputError(f"The teacher said nothing of use as its own user ({_refusals_of(report) or 'no question ended'}); set "
                              f"general_share to 0, or choose a teacher that has learnt to follow its chat template.")

@@ -72,9 +72,9 @@ _OWN = ('steps', 'learning_rate')                            # fields of all rec
 class Recipe:
     "What every stage is told; `contrast.Recipe` and `distill.Recipe` add what is theirs."
     steps: int                          # optimiser steps
-    batch_size: int = 8                 # rows in a step
-    context: int = 256                  # tokens in a row
-    learning_rate: float                # its peak; about 2e-5 for models of a hundred million parameters and more
+    batch_size: int = 4                 # rows in a step
+    context: int = 512                  # tokens in a row
+    learning_rate: float                # its peak; the larger the model, the smaller
     lora_rank: int = 0                  # train adapters of this rank instead of all weights (0 = all weights)
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     micro_batch: int = 0                # rows computed at once, for models that need it smaller; results do not depend on it (0 = all)

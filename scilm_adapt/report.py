@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['markdown', 'table', 'table_note', 'promises', 'loss_curves', 'before_after', 'quality_against_size', 'versions',
-           'machine', 'to_markdown', 'to_html', 'model_card', 'keep', 'publish']
+           'machine', 'to_markdown', 'to_html', 'side_by_side', 'model_card', 'keep', 'publish']
 
 # %% ../nbs/42_report.ipynb #bdc00246
 import base64
@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -386,11 +387,27 @@ def _measured_on(result: dict) -> str:
 
 
 def _answer_blocks(result: dict) -> list[tuple]:
-    "The first questions, with what each model that can be asked has answered."
-    said = result['generations']
-    asked = next(iter(said.values()), [])
-    blocks = [('answers', number + 1, one, {name: answers[number] for name, answers in said.items()}) for number, one in enumerate(asked)]
-    return [('text', f'To the first {len(asked)} test questions, which are in an order of chance; nobody has picked them.'), *blocks]
+    "The first questions, about papers and about anything, with what each model that can be asked has answered."
+    def block(part: str, about: str) -> list[tuple]:
+        said = result.get(part, {})
+        asked = next(iter(said.values()), [])
+        found = [('answers', number + 1, one, {name: answers[number] for name, answers in said.items()})
+                 for number, one in enumerate(asked)]
+        return [('text', f'To the first {len(asked)} {about}, which are in an order of chance; nobody has picked them.'), *found]
+    return block('generations', 'test questions') + (block('conversed', 'general questions') if result.get('conversed') else [])
+
+
+def side_by_side(result: dict, number: int = 3) -> str:
+    "The first questions of each kind, shortened, and what each model said, as Markdown; '' for a result without any."
+    def shown(text: str) -> str:  # on one line, none of its signs read as Markdown
+        return re.sub(r'([\\`*_\[\]#|<>~$])', r'\\\1', textwrap.shorten(text, 400, placeholder=' …')) or '(nothing)'
+    lines = []
+    for said in (result.get('generations', {}), result.get('conversed', {})):
+        for place, one in enumerate(next(iter(said.values()), [])[:number]):
+            lines += [f"\n> {shown(one['question'])}\n"]
+            lines += [f"- **{name}**: {shown(answers[place]['answer'])}{'' if answers[place]['stopped'] else ' *(cut off)*'}"
+                      for name, answers in said.items()]
+    return '\n'.join(lines).strip()
 
 
 def _report_blocks(run: Run, result: dict, config: dict, corpus: Corpus) -> list[tuple]:
@@ -533,6 +550,7 @@ def publish(run: Run, result: dict, config: dict, corpus: Corpus) -> Path:
         if one.role == 'reference' or not (run.folder/'models'/name).is_dir(): continue
         write_own(run.folder, f'models/{name}/README.md', model_card(run, name, result, config, corpus))
     numbers = {key: result[key] for key in ('models', 'differences', 'measured', 'compared')}
+    for part in ('generations', 'conversed'): numbers[part] = {name: said[:3] for name, said in result.get(part, {}).items()}
     numbers |= dict(findings=findings(result), config=_public(config), versions=versions(), machine=machine(), seconds=dict(run.seconds))
     write_own(run.folder, 'metrics.json', to_json(numbers))
     print(f'\n{table(result).to_markdown()}\n\n{table_note(result)}\n{_tally(result)}\n')

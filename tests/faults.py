@@ -499,11 +499,11 @@ def timed(seconds: Counter):
         yield
 
 
-def quickstart(folder: Path, changes: dict) -> None:
-    "Execute run.ipynb in this process, with the parameters of the quickstart and these changes of them."
+def toy_run(folder: Path, changes: dict) -> None:
+    "Execute run.ipynb in this process, with the parameters of the toy preset and these changes of them."
     nbs = RESULTS.parents[1]
-    parameters = yaml.safe_load((nbs/'presets'/'quickstart.yaml').read_text(encoding='utf-8')) | dict(out_dir=str(folder)) | changes
-    namespace = dict(__name__='quickstart')
+    parameters = yaml.safe_load((nbs/'presets'/'toy.yaml').read_text(encoding='utf-8')) | dict(out_dir=str(folder)) | changes
+    namespace = dict(__name__='toys')
     for cell in read_json(nbs/'run.ipynb')['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] != 'code' or '%pip' in source: continue
@@ -513,15 +513,15 @@ def quickstart(folder: Path, changes: dict) -> None:
 
 
 def cost(world: World, count: int) -> dict:
-    "what checkpoints and hashes cost in the quickstart, and what a stage costs that is done"
-    folder, seconds, wrong = world.place()/'quickstart', Counter(), []
+    "what checkpoints and hashes cost in the run of the toys, and what a stage costs that is done"
+    folder, seconds, wrong = world.place()/'toys', Counter(), []
     short = {'contrast.steps': 2, 'distil.steps': 2}
     changes = {} if count > 1 else short | dict(papers=world.papers, general=world.tales, conversations=20, teacher_answers=2, documents=4,
                                                 questions=4)
     recipe.Checkpoints = Checkpoints  # as often as usual
     with timed(seconds), open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         start = time.perf_counter()
-        quickstart(folder, changes)
+        toy_run(folder, changes)
         whole = time.perf_counter() - start
     recipe.Checkpoints = partial(Told, steps=SAVES)
     again = []

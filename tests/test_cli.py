@@ -388,7 +388,7 @@ def test_shipped_notebook_and_presets_agree():
     known = running.read_parameters(notebook)
     assert {'student', 'teacher', 'papers', 'general', 'seed', 'out_dir'} <= set(known)
     assert all(p.help and p.group and p.type in running._converters for p in known.values())
-    for name in ('quickstart', 'colab', 'h200'):
+    for name in ('quickstart', 'toy', 'real', 'colab', 'h200'):
         path = running.find_preset(name, notebook)
         running.check_parameters(running.read_preset(path), known, str(path))
 

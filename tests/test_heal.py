@@ -16,7 +16,7 @@ from scilm_adapt.models import LanguageModel, parameter_count, same_vocabulary, 
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.recipe import recipe_of
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import batch_rows, encode_chat
+from scilm_adapt.tokens import batch_rows, encode_chat, end_of_turn
 
 TEXTS = [dict(id=str(n), title=sentence(n, 3), text=f'{sentence(n + 50, 12)} {sentence(n + 80, 9)}') for n in range(30)]
 CHATS = [conversation(n) | dict(kind='general', author='teacher') for n in range(12)]
@@ -75,14 +75,23 @@ def test_with_nothing_to_cut_nothing_is_done(whole, corpus, tmp_path):
 # --- what is read -----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('share', [0.2, 0.5, 0.8])
-def test_conversations_have_their_share_of_the_tokens(share, whole):
-    texts = [record['text'] for record in TEXTS]*40
-    rows = healing_rows(whole.tokenizer, texts, CHATS, Recipe(conversation_share=share, context=48))
-    talks = sum(len(encode_chat(whole.tokenizer, chat['messages'])[0]) for chat in CHATS)
-    longest = max(map(len, (row.split() for row in texts)))*8
-    assert abs(len(rows.tokens.ids) - talks/share) <= longest
+@pytest.mark.parametrize('number', [1, 12])  # one has to come again and again
+def test_conversations_have_their_share_of_the_tokens_that_are_read(share, number, whole):
+    texts, read = [record['text'] for record in TEXTS]*40, 100*2*48
+    rows = healing_rows(whole.tokenizer, texts, CHATS[:number], Recipe(conversation_share=share, context=48, steps=100, batch_size=2))
+    lengths = [len(encode_chat(whole.tokenizer, chat['messages'])[0]) for chat in CHATS[:number]]
+    longest = max(max(map(len, (row.split() for row in texts)))*8, *lengths)
+    assert abs(len(rows.tokens.ids) - read) <= 2*longest
+    ends = np.asarray(rows.tokens.ids) == end_of_turn(whole.tokenizer)
+    assert abs(ends.sum()/2*np.mean(lengths) - share*read) <= 2*longest
     mask = np.concatenate([rows.arrays([n])['loss_mask'][0] for n in range(len(rows))])
     assert mask.mean() > 0.8  # all tokens count but the first of each, the user's too
+
+
+def test_where_there_is_little_text_there_is_little_of_both(whole):
+    rows = healing_rows(whole.tokenizer, [TEXTS[0]['text']], CHATS, Recipe(conversation_share=0.5, context=48, steps=100))
+    lengths = [len(encode_chat(whole.tokenizer, chat['messages'])[0]) for chat in CHATS]
+    assert len(rows.tokens.ids) <= 2*len(whole.tokenizer(TEXTS[0]['text'])['input_ids']) + 2 + max(lengths)
 
 
 def test_general_text_alone_and_a_share_without_conversations(whole):

@@ -18,7 +18,7 @@ from scilm_adapt.duplicates import EvaluationSet
 from scilm_adapt.endpoint import Endpoint, finished
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, seal, write_text
-from scilm_adapt.generate import Answer
+from scilm_adapt.generate import Answer, chat_prompt
 from scilm_adapt.instruct import (
     _CHAT_COLUMNS,
     _OPEN_KINDS,
@@ -294,6 +294,19 @@ def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypat
     assert ask_teacher(fluent, chats[3:9], 128, seed=1, file=file) == resumed[3:9] and computed == []  # nothing is drawn: no seed, no place
     ask_teacher(fluent, chats[:8], 124, file=file)  # an answer of another length is another one
     assert sum(computed) >= 7
+
+
+def test_what_is_drawn_goes_on_as_it_would_have_without_a_stop(tmp_path, fluent, monkeypatch):
+    "Also where all prompts are the same, as they are of a teacher that speaks as its own user."
+    monkeypatch.setattr(instruct, '_CHUNK', 4)
+    prompts, file = [chat_prompt(fluent, [dict(role='user', content='What is heat?')])]*12, tmp_path/'answers.jsonl'
+    draw = lambda number, file=None: [one.text for one in instruct._local_answers(fluent, prompts[:number], 12, 5.0, 3, file)[0]]
+    alone = draw(12)
+    assert len({*alone}) > 6, 'each is drawn for itself'
+    assert draw(4, file) == alone[:4] and draw(8, file) == alone[:8]
+    lines = file.read_text().splitlines(True)
+    file.write_text(''.join(lines[:6]))  # it was killed within a part
+    assert draw(12, file) == alone and draw(12, file) == alone
 
 
 # --- what a teacher writes --------------------------------------------------------------------------------------------------------
