@@ -35,7 +35,9 @@ def readme_block() -> str:
         f"torch {metrics['versions']['torch']}):",
         report.table(metrics).to_markdown(), report.table_note(metrics),
         '![Before and after, for each kind of text, with intervals](nbs/results/quickstart.png)',
-        report.promises(metrics).to_markdown(index=False)])
+        report.promises(metrics).to_markdown(index=False),
+        'The first three test questions and the first three general ones, which nobody has picked, and what each model says:',
+        report.side_by_side(metrics)])
 
 
 def readme(text: str) -> str:
