@@ -72,7 +72,7 @@ _OWN = ('steps', 'learning_rate')                            # fields of all rec
 class Recipe:
     "What every stage is told; `contrast.Recipe` and `distill.Recipe` add what is theirs."
     steps: int                          # optimiser steps
-    batch_size: int = 4                 # rows in a step
+    batch_size: int = 2                 # rows in a step
     context: int = 512                  # tokens in a row
     learning_rate: float                # its peak; the larger the model, the smaller
     lora_rank: int = 0                  # train adapters of this rank instead of all weights (0 = all weights)
