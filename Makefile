@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Absolute, because notebooks and kernels run in other folders.
+# Of the notebooks, whose cells are the package's lines; tests would take a sixth longer. Absolute, because workers run in other folders.
 COVERAGE := COVERAGE_FILE="$(CURDIR)/.coverage" $(BIN)/coverage run --source="$(CURDIR)/scilm_adapt"
 VERSION_CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("scilm_adapt needs Python 3.11 or newer, and $(PYTHON) is " \
 	+ sys.version.split()[0] + ": name a newer one, as in `make PYTHON=python3.12 run`.")
@@ -32,8 +32,8 @@ test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at 
 	@rm -f .coverage .coverage.*
 	@$(COVERAGE) tests/run_notebooks.py
 	@echo '== tests'
-	@$(COVERAGE) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	@echo '== lines of scilm_adapt run by notebooks and tests together'
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # three, since many wait for a server, a browser or a kernel
+	@echo '== lines of scilm_adapt run by the notebooks alone'
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --fail-under=90
 

@@ -890,8 +890,8 @@ def _show_chats(report: dict) -> None:
           f"{authors.get('paper', 0):,} by the papers" + (f'; refused: {left_out}' if (left_out := _refusals_of(report)) else ''))
 
 
-def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conversations: int = 4000, teacher_answers: int = 400,
-            held_out: int = 400, context: int = 256, seed: int = 0, kinds: str | Iterable[str] = _TAUGHT,
+def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conversations: int = 320, teacher_answers: int = 32,
+            held_out: int = 400, context: int = 512, seed: int = 0, kinds: str | Iterable[str] = _TAUGHT,
             evaluation: str = '', thoughts: int = 0, chats: str = '', tokenizer: object | None = None,
             general_share: float = 0.0, turns: int = 1) -> Chats:
     """Conversations for stage 2 as the stage 'chats': `conversations` for training, the first `teacher_answers` of them answered

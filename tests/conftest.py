@@ -31,16 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-@pytest.fixture(scope='session', autouse=True)
-def unmeasured_children() -> None:
-    """Programs that tests start run without coverage: it would trace every import of every one of them, half their time.
-
-    The lines of the package are counted where notebooks and tests call them, in the process that tests and in its forks. What
-    a program does is seen by what it prints and leaves behind.
-    """
-    for name in ('COVERAGE_PROCESS_CONFIG', 'COVERAGE_PROCESS_START'): os.environ.pop(name, None)
-
-
 @pytest.fixture(scope='session')
 def root() -> Path:
     "The checkout: the folder that holds settings.ini."

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -785,6 +786,46 @@ def test_a_run_mixes_them_in_and_holds_others_out(curious, corpus, tmp_path, cap
     assert 'about anything' in capsys.readouterr().out
     assert prepare(Run(tmp_path/'run'), corpus, curious, general_share=0.5, **settings) == mixed
     assert 'general-chats: already done' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('text', 'said'), [
+    ('Heat flows. Light is a wave. And it', 'Heat flows. Light is a wave.'),
+    ('Тепло течёт. Свет есть волна. И он', 'Тепло течёт. Свет есть волна.'),
+    ('Do this:\n\n1. Boil water.\n2. Add sa', 'Do this:\n\n1. Boil water.'),
+    ('Do this:\n\n1. Boil water.\n2.', 'Do this:\n\n1. Boil water.'),
+    ('Two ways:\n\n- One.\n-', 'Two ways:\n\n- One.'), ('It has no end', 'It has no end'), ('', '')])
+def test_an_answer_that_is_not_over_ends_with_its_last_whole_sentence(text, said):
+    cut = instruct._to_last_sentence(Answer([1, 2], text, False))
+    assert (cut.text, cut.stopped) == (said, said != text)
+    whole = Answer([1, 2], text, True)
+    assert instruct._to_last_sentence(whole) is whole
+
+
+def test_a_general_answer_may_decline_and_must_not_go_round_in_circles(curious, corpus, tmp_path, monkeypatch):
+    spoken = [('Can you heal me?', Answer([1], "I'm sorry, but I cannot heal anybody.", True), ''),
+              ('What is heat like?', Answer([1], 'Heat is motion. It flows from warm to cold. It is', False), ''),
+              ('What is light like?', Answer([1], 'It is light and light and light and light and light and light and light.', True), '')]
+    monkeypatch.setattr(instruct, '_both_sides', lambda *a, **k: (spoken, instruct.Usage(answers=3)))
+    monkeypatch.setattr(instruct, '_HELD_OUT', 0)
+    monkeypatch.setattr(instruct, '_earlier_answers', lambda place, *folders: place/'answers.jsonl')
+    monkeypatch.setattr(instruct.shutil, 'copy', lambda *a: None)
+    folder = instruct._prepare_general(Run(tmp_path/'run'), curious, curious.tokenizer, 3, 128, 0, 0, '')
+    kept = [chat['messages'][1]['content'] for chat in instruct.open_chats(folder)['train'].to_list()]
+    assert kept == ["I'm sorry, but I cannot heal anybody.", 'Heat is motion. It flows from warm to cold.']
+
+
+def test_what_the_built_in_teacher_said_comes_with_the_package(curious, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(instruct, '_HELD_OUT', 4)
+    monkeypatch.setattr(instruct, 'ZOO', tmp_path/'zoo')
+    settings = dict(conversations=12, teacher_answers=0, held_out=4, context=128, general_share=0.5)
+    first = prepare(Run(tmp_path/'one'), corpus, curious, **settings)
+    (tmp_path/'zoo'/'smollm2-80m').mkdir(parents=True)
+    shutil.copy(tmp_path/'one'/'general-chats'/'answers.jsonl', tmp_path/'zoo'/'smollm2-80m')
+    def never(*given, **named): raise AssertionError('it was asked again')
+    monkeypatch.setattr(instruct, 'respond', never)
+    again = prepare(Run(tmp_path/'two'), corpus, replace(curious, name='smollm2'), **settings)
+    assert (again.train, again.general) == (first.train, first.general)
+    with pytest.raises(AssertionError, match='asked again'): prepare(Run(tmp_path/'three'), corpus, curious, **settings)
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.0, 2.0])

@@ -214,6 +214,29 @@ def test_page_is_self_contained_and_cannot_be_broken_by_answers(run, corpus):
     for name in re.findall(r'\]\((figures/[^)]+)\)', markdown): assert (run.folder/name).is_file()
 
 
+def test_general_questions_follow_those_about_papers(run, corpus):
+    said = {name: [dict(question=f'General {n}?', reference='R', answer=f'{name} {n}', stopped=bool(n)) for n in range(2)]
+            for name in NAMES}
+    report.publish(run, invented() | dict(conversed=said), CONFIG, corpus)
+    page = Page((run.folder/'report.html').read_text())
+    words = ' '.join(page.words)
+    assert page.tags.count('details') == 12 and 'To the first 2 general questions' in words and 'distilled 1' in words
+    kept = read_json(run.folder/'metrics.json')
+    assert [len(kept[part]['teacher']) for part in ('generations', 'conversed')] == [3, 2]
+
+
+def test_models_are_quoted_side_by_side():
+    said = {name: [dict(question='What *is* $x$?\n\n# Heat', reference='R', answer=text, stopped=bool(text))] for name, text in
+            dict(base='', teacher='<b>It flows</b>\n- | a_b').items()}
+    assert report.side_by_side(dict(generations=said, conversed=said)).splitlines() == [
+        r'> What \*is\* \$x\$? \# Heat', '', '- **base**: (nothing) *(cut off)*', r'- **teacher**: \<b\>It flows\</b\> - \| a\_b', '',
+        r'> What \*is\* \$x\$? \# Heat', '', '- **base**: (nothing) *(cut off)*', r'- **teacher**: \<b\>It flows\</b\> - \| a\_b']
+    assert report.side_by_side({}) == ''
+    long = dict(base=[dict(question='word '*500, reference='', answer='word '*500, stopped=True)]*5)
+    assert len(report.side_by_side(dict(generations=long), 2).splitlines()) == 7
+    assert len(report.side_by_side(dict(generations=long), 1)) < 900
+
+
 def test_cards_are_valid_and_say_what_is_known(run, corpus):
     run_config = dict(CONFIG, student='org/student-100m', papers='installed-docs')
     report.publish(run, invented(), run_config, corpus)
