@@ -856,8 +856,8 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
         judge = partial(_refusal_of, filters={name: one for name, one in answer_filters.items() if name != 'refusal'})
         report = _write_set(folder, items, QualityFilter(_evaluation_set([evaluation] if evaluation else []), judge))
         if not report['kinds']['train']:
-            raise InputError(f"The teacher said nothing of use as its own user ({_refusals_of(report) or 'no question ended'}); set "
-                             f"general_share to 0, or choose a teacher that has learnt to follow its chat template.")
+            raise _Silent(f"The teacher said nothing of use as its own user ({_refusals_of(report) or 'no question ended'}); set "
+                          f"general_share to 0, or choose a teacher that has learnt to follow its chat template.")
         shutil.copy(file, folder/'answers.jsonl')
     say('instruct: conversations about anything, by the teacher alone')
     config = dict(teacher=_writing(teacher).key, tokenizer=tokenizer_hash(tokenizer), wanted=wanted, context=context, thoughts=thoughts,
@@ -867,11 +867,17 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
     return folder
 
 
-def _check_share(share: float, teacher: LanguageModel | Endpoint) -> None:
-    "InputError for a share that is none, or that this teacher cannot serve."
+def _share_of(share: float | None, teacher: LanguageModel | Endpoint) -> float:
+    "The share that is meant: of None, half of a teacher that is here, and nothing of a server. InputError for one that cannot be."
+    if share is None: return 0.5 if isinstance(teacher, LanguageModel) else 0.0
     if not 0 <= share < 1:
         raise InputError(f'general_share is {share}; give at least 0 (none) and less than 1 (0.5: as many as about the papers).')
     if share and (reason := _writing(teacher).refuses('magpie')): raise InputError(f'general_share is {share}, but: {reason}')
+    return share
+
+
+class _Silent(InputError):
+    "A teacher said nothing of use as its own user."
 
 
 def _check_splits(report: dict, context: int, wanted: str) -> None:
@@ -893,11 +899,12 @@ def _show_chats(report: dict) -> None:
 def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conversations: int = 320, teacher_answers: int = 32,
             held_out: int = 400, context: int = 512, seed: int = 0, kinds: str | Iterable[str] = _TAUGHT,
             evaluation: str = '', thoughts: int = 0, chats: str = '', tokenizer: object | None = None,
-            general_share: float = 0.0, turns: int = 1) -> Chats:
+            general_share: float | None = 0.0, turns: int = 1) -> Chats:
     """Conversations for stage 2 as the stage 'chats': `conversations` for training, the first `teacher_answers` of them answered
     by the teacher where it may and can, and `held_out` each for validation and test, answered by their papers.
 
-    So many conversations of the teacher with itself about anything are added for training that they are `general_share` of all, as far
+    So many conversations of the teacher with itself about anything are added for training that they are `general_share` of all (None: half
+    with a teacher that is here and does talk, none with a server), as far
     as they are of use, and others are held out, see `general_chats`.
 
     `kinds` names the kinds that are mined; '' or 'all' takes all. `evaluation` is a file, folder or pattern of evaluation texts that
@@ -905,7 +912,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
     `build`, whose conversations are taken instead, see `open_chats`. The `tokenizer` says what fits (None = the teacher's). Those for
     training that papers answer have up to `turns` questions about one paper. InputError when a split yields none.
     """
-    _check_share(general_share, teacher)
+    share = _share_of(general_share, teacher)
     if turns < 1: raise InputError(f'turns is {turns}; give at least 1, the number of questions about a paper in one conversation.')
     tokenizer, chosen, parents, extra = tokenizer or _writing(teacher).tokenizer, _kinds_of(kinds, mined_kinds), [corpus.folder], {}
     config = dict(tokenizer=tokenizer_hash(tokenizer), context=context, evaluation=source_hash(evaluation) if evaluation else '')
@@ -927,10 +934,13 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
                      f'other conversations than {chats}' if chats else 'papers with titles and several sentences')
         if (scratch/'answers.jsonl').exists(): shutil.copy(scratch/'answers.jsonl', folder/'answers.jsonl')
     say(f"instruct: {f'conversations of {chats}' if chats else 'questions out of the papers, answers by the papers and the teacher'}")
-    if general_share:
-        number = math.ceil(general_share/(1 - general_share)*(len(given['train']) if chats else conversations))
-        parents.append(_prepare_general(run, teacher, tokenizer, number, context, seed, thoughts, evaluation))
-        extra = open_chats(parents[-1])
+    if share:
+        number = math.ceil(share/(1 - share)*(len(given['train']) if chats else conversations))
+        try: parents.append(_prepare_general(run, teacher, tokenizer, number, context, seed, thoughts, evaluation))
+        except _Silent as error:
+            if general_share is not None: raise
+            print(f'  no conversations about anything: {error}', flush=True)
+        else: extra = open_chats(parents[-1])
     folder = stage(run, 'chats', config, make, parents, resumable=True)
     _show_chats(read_json(folder/'report.json'))
     train, valid, test = (part.to_list() for part in open_chats(folder).values())

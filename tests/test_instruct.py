@@ -834,6 +834,17 @@ def test_a_share_that_is_none_is_refused(share, curious, corpus, tmp_path):
         prepare(Run(tmp_path/'run'), corpus, curious, general_share=share)
 
 
+def test_half_is_about_anything_unless_the_teacher_cannot_or_is_a_server(curious, random_teacher, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(instruct, '_HELD_OUT', 4)
+    settings = dict(conversations=12, teacher_answers=0, held_out=4, context=128)
+    named, half = (prepare(Run(tmp_path/str(share)), corpus, curious, **settings, general_share=share) for share in (0.5, None))
+    assert (named.train, named.general) == (half.train, half.general) and half.general
+    assert 'no conversations about anything' not in capsys.readouterr().out
+    without = prepare(Run(tmp_path/'silent'), corpus, random_teacher, **settings, general_share=None)
+    assert not without.general and 'no conversations about anything: The teacher said nothing of use' in capsys.readouterr().out
+    assert instruct._share_of(None, Endpoint('http://localhost:1/v1', 'no/such-model')) == 0, 'a server is not asked unless it is wished'
+
+
 def test_a_teacher_that_has_nothing_to_say_is_told(random_teacher, corpus, tmp_path):
     with pytest.raises(InputError, match='said nothing of use as its own user .*set general_share to 0'):
         prepare(Run(tmp_path/'run'), corpus, random_teacher, conversations=4, teacher_answers=0, held_out=4, context=128, general_share=0.5)

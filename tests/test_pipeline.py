@@ -110,7 +110,7 @@ def test_a_run_cuts_its_student_out_of_a_model_heals_it_and_rehearses(texts, tmp
 def test_the_notebook_runs_with_local_folders_and_a_preset(texts, tmp_path):
     student, teacher = save_pair(tmp_path, 'qwen2', texts)
     preset = dict(student=str(student), teacher=str(teacher), papers=str(texts['papers']), general=str(texts['tales']), context=128,
-                  batch_size=4, micro_batch=2, conversations=40, teacher_answers=4, documents=8, questions=4,
+                  batch_size=4, micro_batch=2, conversations=40, teacher_answers=4, documents=8, questions=4, general_share=0.0,
                   references=f'zoo:teacher {student}', trackers='tensorboard')
     preset |= {'distil.divergence': 'jsd', 'contrast.steps': 2, 'distil.steps': 2}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
@@ -142,7 +142,7 @@ def test_the_notebook_takes_models_with_different_tokenizers_and_a_folder_of_con
     student.tokenizer.chat_template = None
     for lm, name in ((student, 'student'), (teacher, 'teacher')): models.save(lm, tmp_path/name)
     preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), papers=str(texts['papers']), context=160,
-                  general=str(texts['tales']), batch_size=4, chats='chats', teacher_answers=0, documents=8, questions=4)
+                  general=str(texts['tales']), batch_size=4, chats='chats', teacher_answers=0, documents=8, questions=4, general_share=0.0)
     preset |= {'contrast.steps': 2, 'distil.steps': 2, 'distil.probe_every': 2, 'distil.reference_weight': '0.3 0.1',
                'distil.authors': 'paper'}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))

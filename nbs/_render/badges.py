@@ -22,7 +22,7 @@ WINGS = {
     'Distillation': 'stage 2: how far student and teacher are apart, teachers of all kinds, what is checked and watched, and learning',
     'Evidence': 'the proof: numbers, intervals, figures, model cards',
     'Command': 'notebooks run in batch, and the `scilm` command',
-    'Runs': 'to run: the pipeline, a kind of your own, real papers, methods compared, speed, faults, and how the models of this package were made'}
+    'Runs': 'to run: the pipeline, a kind of your own, real papers, methods compared, speed, faults, and how the models here were made'}
 
 
 def settings(root: Path = ROOT) -> dict[str, str]:
