@@ -876,6 +876,17 @@ def _share_of(share: float | None, teacher: LanguageModel | Endpoint) -> float:
     return share
 
 
+def _general_stages(run: Run, share: float | None, others: int, teacher: LanguageModel | Endpoint, tokenizer: object,
+                    **how: object) -> list[Path]:
+    "The stage of `_prepare_general` that makes up the share beside so many `others`; none where none is meant, see `_share_of`."
+    if not (meant := _share_of(share, teacher)): return []
+    try: return [_prepare_general(run, teacher, tokenizer, math.ceil(meant/(1 - meant)*others), **how)]
+    except _Silent as error:
+        if share is not None: raise
+        print(f'  no conversations about anything: {error}', flush=True)
+        return []
+
+
 class _Silent(InputError):
     "A teacher said nothing of use as its own user."
 
@@ -904,17 +915,16 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
     by the teacher where it may and can, and `held_out` each for validation and test, answered by their papers.
 
     So many conversations of the teacher with itself about anything are added for training that they are `general_share` of all (None: half
-    with a teacher that is here and does talk, none with a server), as far
-    as they are of use, and others are held out, see `general_chats`.
+    with a teacher that is here and does talk, none with a server), as far as they are of use, and others are held out.
 
     `kinds` names the kinds that are mined; '' or 'all' takes all. `evaluation` is a file, folder or pattern of evaluation texts that
     must not be in a conversation ('' = none); the teacher may spend `thoughts` (tokens) before each answer. `chats` is a folder made by
     `build`, whose conversations are taken instead, see `open_chats`. The `tokenizer` says what fits (None = the teacher's). Those for
     training that papers answer have up to `turns` questions about one paper. InputError when a split yields none.
     """
-    share = _share_of(general_share, teacher)
+    _share_of(general_share, teacher)  # what cannot be is said before any work
     if turns < 1: raise InputError(f'turns is {turns}; give at least 1, the number of questions about a paper in one conversation.')
-    tokenizer, chosen, parents, extra = tokenizer or _writing(teacher).tokenizer, _kinds_of(kinds, mined_kinds), [corpus.folder], {}
+    tokenizer, chosen = tokenizer or _writing(teacher).tokenizer, _kinds_of(kinds, mined_kinds)
     config = dict(tokenizer=tokenizer_hash(tokenizer), context=context, evaluation=source_hash(evaluation) if evaluation else '')
     if chats:
         given = open_chats(chats, corpus)
@@ -934,14 +944,10 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
                      f'other conversations than {chats}' if chats else 'papers with titles and several sentences')
         if (scratch/'answers.jsonl').exists(): shutil.copy(scratch/'answers.jsonl', folder/'answers.jsonl')
     say(f"instruct: {f'conversations of {chats}' if chats else 'questions out of the papers, answers by the papers and the teacher'}")
-    if share:
-        number = math.ceil(share/(1 - share)*(len(given['train']) if chats else conversations))
-        try: parents.append(_prepare_general(run, teacher, tokenizer, number, context, seed, thoughts, evaluation))
-        except _Silent as error:
-            if general_share is not None: raise
-            print(f'  no conversations about anything: {error}', flush=True)
-        else: extra = open_chats(parents[-1])
-    folder = stage(run, 'chats', config, make, parents, resumable=True)
+    spoken = _general_stages(run, general_share, len(given['train']) if chats else conversations, teacher, tokenizer, context=context,
+                             seed=seed, thoughts=thoughts, evaluation=evaluation)
+    extra = open_chats(spoken[0]) if spoken else {}
+    folder = stage(run, 'chats', config, make, [corpus.folder, *spoken], resumable=True)
     _show_chats(read_json(folder/'report.json'))
     train, valid, test = (part.to_list() for part in open_chats(folder).values())
     return Chats(train + (extra['train'].to_list() if extra else []), valid, test, folder, extra['test'].to_list() if extra else [])
