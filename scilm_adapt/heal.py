@@ -60,8 +60,8 @@ def cut(run: Run, lm: LanguageModel, teacher: object, corpus: Corpus, **settings
     Influence and use are measured on the training splits. A recipe that cuts nothing leaves the model as it came, and makes no stage.
     """
     recipe = recipe_of(Recipe, settings)
-    if not recipe.cuts: return lm, lm, through(teacher, lm) if isinstance(teacher, LanguageModel) else teacher
     texts = [document(record) for part in (corpus.science, corpus.general) for record in part['train']]
+    if not recipe.cuts: return lm, lm, through(teacher, lm, texts) if isinstance(teacher, LanguageModel) else teacher
     def make(folder: Path) -> None:
         small = shrink(lm, texts, recipe.layers, recipe.vocabulary, context=recipe.context)
         print(f'  {small}', flush=True)

@@ -467,14 +467,20 @@ def cut_vocabulary(lm: LanguageModel, kept: Sequence[int]) -> LanguageModel:
     raise InputError(f"The vocabulary of '{lm.name}' cannot be cut: {fault}; keep all tokens, or choose a model of another family.")
 
 
-def through(lm: LanguageModel, small: LanguageModel) -> LanguageModel:
-    "`lm` with no other tokens than `small` has, if small's tokenizer is what is left of its own after a cut; else `lm` as it is."
+def through(lm: LanguageModel, small: LanguageModel, texts: Sequence[str] = ()) -> LanguageModel:
+    """`lm` with no other tokens than `small` has, if small's tokenizer is what is left of its own after a cut; else `lm` as it is.
+
+    So it is, too, if `texts` would get a tenth longer: a model reads badly in pieces that it seldom saw.
+    """
     old, new = lm.tokenizer.get_vocab(), small.tokenizer.get_vocab()
     if len(new) >= len(old) or not new.keys() <= old.keys(): return lm
     kept = [old[token] for token in sorted(new, key=new.get)]
     try: left = _steps(cut_tokenizer(lm.tokenizer, kept))['model']
     except InputError: return lm
-    return replace(cut_vocabulary(lm, kept), name=lm.name) if kept == sorted(kept) and left == _steps(small.tokenizer)['model'] else lm
+    if kept != sorted(kept) or left != _steps(small.tokenizer)['model']: return lm
+    few = _spread(texts, 1000) if len(texts) else []
+    longer = _mean_tokens(small.tokenizer, few) > 1.1*_mean_tokens(lm.tokenizer, few) if few else False
+    return lm if longer else replace(cut_vocabulary(lm, kept), name=lm.name)
 
 # %% ../nbs/23_shrink.ipynb #f9fe7bf9
 @dataclass(frozen=True)

@@ -98,6 +98,17 @@ def test_a_smaller_rank_than_was_learnt_keeps_the_nearest(whole, tmp_path):
     assert change > errors[0] > errors[1] > 10*errors[2]
 
 
+def test_a_teacher_is_read_through_a_cut_of_its_own_tokens_alone(whole):
+    texts = [one['text'] for one in TEXTS]
+    small = cut_vocabulary(whole, kept_tokens(whole.tokenizer, texts))
+    assert same_vocabulary(through(whole, small, texts).tokenizer, small.tokenizer) and through(whole, small).name == whole.name
+    assert through(whole, whole) is whole and through(small, whole) is small
+    foreign = tiny(['Other words make other tokens.'])
+    assert through(whole, foreign) is whole and through(foreign, whole) is foreign
+    fewest = cut_vocabulary(whole, kept_tokens(whole.tokenizer, ['a']))  # nearly letters alone
+    assert through(whole, fewest) is not whole and through(whole, fewest, texts) is whole, 'texts would get far longer'
+
+
 # --- what cannot be ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('other', ['gone', 'shallower'])
