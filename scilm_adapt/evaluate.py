@@ -100,7 +100,8 @@ def _nearness(subject: Subject) -> list[list[float]]:
     for row in progress_bar(range(len(packed)), f'{subject.name}: nearness', 'row'):
         batch, arrays = packed.batch([row]), packed.arrays([row])
         owners = arrays['documents'][:, 1:][arrays['loss_mask'][:, 1:]]
-        log_p, log_q = (_log_probabilities(lm, batch, rows) for lm in pair)
+        log_p = _log_probabilities(pair[0], batch, rows)
+        log_q = log_p if pair[1] is pair[0] else _log_probabilities(pair[1], batch, rows)
         divergence, same = (log_p.exp()*(log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)
         for number, values in enumerate((divergence, same, torch.ones_like(divergence))):
             found[number] += np.bincount(owners, values.double().numpy(), len(chats))
@@ -225,7 +226,7 @@ def _leaves_room(lm: LanguageModel, chat: dict, max_new_tokens: int) -> bool:
 def test_items(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, documents: int = 300, answers: int = 200,
                max_new_tokens: int = 96) -> dict[str, list[dict]]:
     """'science' and 'general', the first `documents` test records of each domain, and 'answers', the first `answers` test conversations
-    of different papers that leave every model room for an answer; 'general_chats' are all general ones, if there are any. Each has an
+    of different papers that leave every model room for an answer; 'general_chats' are as many general ones, if there are any. Each has an
     'id'. InputError if there are none."""
     fits = lambda chat: all(_leaves_room(lm, chat, max_new_tokens) for lm in models.values())
     asked = islice(filter(fits, one_per_paper(chats.test)), answers)
@@ -234,7 +235,7 @@ def test_items(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, d
     for name, found in items.items():
         if not found: raise InputError(f'There is nothing in the test split to measure {name} with; give more texts, or a larger limit, '
                                        f'or ask for shorter answers.')
-    return items | (dict(general_chats=[chat | dict(id=chat['paper_id']) for chat in chats.general]) if chats.general else {})
+    return items | (dict(general_chats=[chat | dict(id=chat['paper_id']) for chat in chats.general[:answers]]) if chats.general else {})
 
 
 def _recorded(file: Path, make: Callable[[], object]) -> object:
