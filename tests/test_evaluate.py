@@ -429,7 +429,7 @@ def test_a_run_without_general_conversations_or_teacher_says_nothing_about_them(
     chats.general = ABOUT_ANYTHING
     other = compare(Run(run.folder/'other'), models, corpus, chats, **few)
     assert other['models']['base']['teacher_kl'] is None and other['models']['base']['general_answers']
-    assert plain['conversed'] == {} and {name: len(said) for name, said in other['conversed'].items()} == dict.fromkeys(names, 3)
+    assert plain['conversed'] == {} and {name: len(said) for name, said in other['conversed'].items()} == dict.fromkeys(names, 2)
     assert other['conversed']['base'][0]['question'] == ABOUT_ANYTHING[0]['messages'][0]['content']
     assert other['models']['teacher']['agreement']['value'] == 1 and 'have different vocabularies' in capsys.readouterr().out
     alone = compare(Run(run.folder/'alone'), dict(base=models['base']), corpus, chats, **few)

@@ -158,7 +158,8 @@ def test_the_notebook_takes_models_with_different_tokenizers_and_a_folder_of_con
     assert wrong.returncode == 2 and 'on_policy.share is 0.5' in wrong.stderr and 'cannot bridge' in wrong.stderr
     assert 'Traceback' not in wrong.stderr and 'contrast: 2 steps' not in wrong.stdout, 'it is said before stage 1 begins'
     base = models.load(tmp_path/'mine'/'models'/'base')  # with the template
-    with pytest.raises(InputError, match=r'shift is 0\.5.*cannot bridge'): distill.resolved(base, teacher, base, dict(shift=0.5, context=160))
+    with pytest.raises(InputError, match=r'shift is 0\.5.*cannot bridge'):
+        distill.resolved(base, teacher, base, dict(shift=0.5, context=160))
 
     (tmp_path/'chats'/'report.json').write_text('{}')
     broken = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'broken')
