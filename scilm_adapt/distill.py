@@ -346,8 +346,8 @@ def _task_for(learner: LanguageModel, run: Run, recipe: Recipe, student: Languag
              folder: Path) -> Task:
     "The data and the loss of stage 2 for the copy `learner` of `student`, see `train`."
     preflight(student, teacher.local, chats.train[0]['messages'] if chats.train else EXAMPLE, recipe.context)
-    asked = {'general text': mine_all(corpus.general['valid'], student.tokenizer, recipe.context, 150, recipe.seed),
-             'the papers': chats.valid[:150]}
+    asked = {'general text': mine_all(corpus.general['valid'], student.tokenizer, recipe.context, 40, recipe.seed),
+             'the papers': chats.valid[:40]}
     write_json(folder/'advantage.json', {about: teacher_advantage(student, teacher.local, questions, recipe.context, about=about)
                                          for about, questions in asked.items() if questions and teacher.local})
     data, papers, packed = teacher.prepare(run, student.tokenizer, chats.train, recipe), corpus.science['train'], None

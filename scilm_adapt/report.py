@@ -400,7 +400,7 @@ def _answer_blocks(result: dict) -> list[tuple]:
 def side_by_side(result: dict, number: int = 3) -> str:
     "The first questions of each kind, shortened, and what each model said, as Markdown; '' for a result without any."
     def shown(text: str) -> str:  # on one line, none of its signs read as Markdown
-        return re.sub(r'([\\`*_\[\]#|<>~$])', r'\\\1', textwrap.shorten(text, 400, placeholder=' …')) or '(nothing)'
+        return re.sub(r'([\\`*_\[\]#|<>~$])', r'\\\1', textwrap.shorten(text, 240, placeholder=' …')) or '(nothing)'
     lines = []
     for said in (result.get('generations', {}), result.get('conversed', {})):
         for place, one in enumerate(next(iter(said.values()), [])[:number]):

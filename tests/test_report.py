@@ -374,7 +374,7 @@ def test_a_card_says_whether_there_was_a_teacher(run, corpus):
 
 
 def test_the_numbers_of_an_earlier_run_are_still_read(root):
-    shown = read_json(root/'nbs'/'results'/'quickstart.json')
+    shown = read_json(root/'nbs'/'results'/'abstracts.json')
     shown.pop('compared', None)
     assert list(report.table(shown).index) == list(NAMES) and len(report.promises(shown)) == 7
     assert report.table_note(shown) == ('Bits per byte of held-out texts (fewer is better), and the share of answers that end by '
