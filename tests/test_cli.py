@@ -359,7 +359,7 @@ def test_a_notebook_without_a_parameters_cell(tmp_path):
 def test_every_field_of_a_recipe_is_a_parameter_with_the_meaning_its_comment_gives():
     known = running.read_parameters(cli.shipped_notebook())
     steps, weight, batch = (known[f'contrast.{name}'] for name in ('steps', 'token_weight', 'batch_size'))
-    assert (steps.type, steps.default, steps.help) == ('int', 200, 'optimiser steps') and 'probe' in weight.help and not batch.listed
+    assert (steps.type, steps.default, steps.help) == ('int', 30, 'optimiser steps') and 'probe' in weight.help and not batch.listed
     said = running.describe_parameters(known, 100)
     assert 'contrast.pairs.temperature' in said and 'distil.temperature' in said and 'contrast.batch_size' not in said
 
