@@ -201,11 +201,16 @@ def _name_models(figure: Figure, result: dict) -> None:
 def before_after(result: dict) -> Figure:
     "All metrics of all models with 95 % intervals: a panel for bits per byte, one for shares, and one for each other unit."
     figure_theme()
-    panels, models = _panels_of(result), len(result['models'])
-    widths = [2 if len(shown) > 1 else 1 for shown in panels]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3*sum(widths), 3.8 + 0.5*max(0, models - 4)), width_ratios=widths,
-                                layout='constrained', squeeze=False)
-    for ax, shown in zip(axes[0], panels): _dumbbell(ax, result, shown)
+    panels, height = _panels_of(result), 3.8 + 0.5*max(0, len(result['models']) - 4)
+    if len(panels) <= 2:
+        widths = [2 if len(shown) > 1 else 1 for shown in panels]
+        figure, axes = plt.subplots(1, len(panels), figsize=(3*sum(widths), height), width_ratios=widths, layout='constrained')
+        axes = np.atleast_1d(axes)
+    else:  # one row of them would be too small to read
+        figure = plt.figure(figsize=(10, 1.6*height), layout='constrained')
+        grid = figure.add_gridspec(2, len(panels) - 1, height_ratios=[3, 2])
+        axes = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, n]) for n in range(len(panels) - 1))]
+    for ax, shown in zip(axes, panels): _dumbbell(ax, result, shown)
     _name_models(figure, result)
     return figure
 
