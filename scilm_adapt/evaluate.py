@@ -74,9 +74,14 @@ def answers_of(subject: Subject) -> list[dict]:
                                             description=f'{subject.name}: answering'))
 
 
+def _general_chats(subject: Subject) -> list[dict]:
+    "The general conversations among the test items, the teacher's answer as the 'reference'; none where there are none."
+    return [chat | dict(reference=chat['messages'][-1]['content']) for chat in subject.items.get('general_chats', ())]
+
+
 def _conversed(subject: Subject, number: int = 3) -> list[dict]:
     "What the subject answers to the first general questions; nothing where there are none, or where it cannot be asked."
-    chats = [chat | dict(reference=chat['messages'][-1]['content']) for chat in subject.items.get('general_chats', ())[:number]]
+    chats = _general_chats(subject)[:number]
     try: return subject.once('conversed', partial(_generations, subject.lm, chats, subject.max_new_tokens,
                                                   description=f'{subject.name}: conversing')) if chats else []
     except InputError: return []
@@ -123,7 +128,7 @@ def _near(column: int, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 def _bits_of_general_answers(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     "Nats of the teacher's answers to general questions, and what they are divided by to be bits per byte."
-    chats = [chat | dict(reference=chat['messages'][-1]['content']) for chat in subject.items['general_chats']]
+    chats = _general_chats(subject)
     nats, sizes = answer_bits(subject.lm, chats, subject.context, description=f'{subject.name}: general answers')
     return nats, sizes*math.log(2)
 

@@ -407,12 +407,12 @@ def load(source: str | Path, device: torch.device | str | None = None, dtype: to
     device = device or best_device()
     rounded = _rounding(bits, device, dtype)
     where = _located(source)
-    gguf = gguf_source(where)
-    if bits and (gguf or base_of(where)):
+    gguf, base = gguf_source(where), base_of(where)
+    if bits and (gguf or base):
         raise InputError(f"bits is {bits}, but {source} is {'a GGUF file' if gguf else 'kept as deltas'}, whose weights are multiplied "
                          f"out; leave bits at 0.")
     try:
-        if base := base_of(where): model, tokenizer, found = _open_deltas(where, base, dtype)
+        if base: model, tokenizer, found = _open_deltas(where, base, dtype)
         else: model, tokenizer, found = _open_gguf(*gguf, dtype, str(source) in zoo) if gguf else _open(where, dtype, **rounded)
         if missing := sorted(found['missing_keys']):  # the library fills them with chance and goes on
             raise ValueError(f"{len(missing)} weights are missing in its files, among them {missing[0]}")
