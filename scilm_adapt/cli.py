@@ -149,11 +149,12 @@ def _prompt_ids(lm: object, messages: list[dict], room: int, window: int) -> lis
         del messages[:2]                                             # a question and its answer
 
 
-def answer(lm: object, messages: list[dict], max_new_tokens: int, temperature: float) -> str:
+def answer(lm: object, messages: list[dict], max_new_tokens: int, temperature: float, repetition_penalty: float) -> str:
     "The model's answer to `messages`, printed as it comes; temperature 0 takes the likeliest token each time."
     from scilm_adapt.generate import stream
     room, pieces = min(max_new_tokens, lm.context//2), []
-    for piece in stream(lm, _prompt_ids(lm, messages, room, lm.context), room, temperature, seed=len(messages)):
+    prompt = _prompt_ids(lm, messages, room, lm.context)
+    for piece in stream(lm, prompt, room, temperature, seed=len(messages), repetition_penalty=repetition_penalty):
         print(piece, end='', flush=True)
         pieces.append(piece)
     print()
@@ -174,13 +175,18 @@ def _chat(arguments: list[str]) -> int:
     parser.add_argument('folder', metavar='DIR', help='a model folder, or the folder of a run (then its distilled model)')
     parser.add_argument('--max-new-tokens', type=int, default=200, help='longest answer in tokens (default: %(default)s)')
     parser.add_argument('--temperature', type=float, default=0.7, help='0: always the likeliest token (default: %(default)s)')
+    parser.add_argument('--repetition-penalty', type=float, help='how much less likely a word of an answer is the next time; 1: no less '
+                        '(default: 1.1, since small models run in circles without)')
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1: raise InputError('--max-new-tokens must be at least 1.')
     if not 0 <= options.temperature < math.inf: raise InputError('--temperature must be 0 or a positive number.')
     folder = _find_model(options.folder)
     from transformers.utils.logging import disable_progress_bar
+    from scilm_adapt.generate import REPETITION_PENALTY
     from scilm_adapt.models import load
     from scilm_adapt.tokens import end_of_turn
+    penalty = REPETITION_PENALTY if options.repetition_penalty is None else options.repetition_penalty
+    if not 1 <= penalty < math.inf: raise InputError('--repetition-penalty must be 1 (none) or more.')
     disable_progress_bar()                                           # of loading: it is over before it can be read
     lm = load(str(folder))
     end_of_turn(lm.tokenizer)                                        # InputError now, rather than at the first turn
@@ -192,7 +198,7 @@ def _chat(arguments: list[str]) -> int:
             messages.clear()
             continue
         messages.append(dict(role='user', content=text))
-        try: messages.append(dict(role='assistant', content=answer(lm, messages, options.max_new_tokens, options.temperature)))
+        try: messages.append(dict(role='assistant', content=answer(lm, messages, options.max_new_tokens, options.temperature, penalty)))
         except InputError as error:                                  # one turn was too long: the conversation goes on
             print(f'scilm: {error}', file=sys.stderr)
             messages.pop()

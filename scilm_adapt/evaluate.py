@@ -21,7 +21,7 @@ import torch
 
 from .errors import InputError, progress_bar, say
 from .files import content_hash, hashed, read_json, write_json
-from .generate import answer_bits, chat_prompt, respond
+from .generate import REPETITION_PENALTY, answer_bits, chat_prompt, respond
 from .instruct import Chats
 from .intervals import Metric, Subject
 from .models import (LanguageModel, hidden_states, load, logits_of, parameter_count, shared_vocabulary, teacher_dtype,
@@ -48,9 +48,9 @@ def _document_bits(lm: LanguageModel, texts: list[str], context: int = 512,
 # %% ../nbs/44_evaluate.ipynb #d7800fe6
 def _generations(lm: LanguageModel, chats: list[dict], max_new_tokens: int = 96, batch_size: int = 32,
                 description: str = 'answering') -> list[dict]:
-    "The model's greedy answer to each conversation's question: dictionaries with question, reference, answer and stopped."
+    "The model's likeliest answer to each conversation's question, as `scilm chat` would give it: question, reference, answer and stopped."
     prompts = [chat_prompt(lm, chat['messages'][:1]) for chat in chats]
-    answers = respond(lm, prompts, max_new_tokens, batch_size=batch_size, description=description)
+    answers = respond(lm, prompts, max_new_tokens, batch_size=batch_size, description=description, repetition_penalty=REPETITION_PENALTY)
     return [dict(question=chat['messages'][0]['content'], reference=chat['reference'], answer=answer.text,
                  stopped=bool(answer.stopped)) for chat, answer in zip(chats, answers)]
 
@@ -151,7 +151,8 @@ metrics: dict[str, Metric] = dict(
                                                 'of the answer are counted.'),
     stop_rate=Metric('answers that end', 'Stopping: {model} ends {value} of its answers by itself', 'answers', _ended, 'share',
                      'the share of answers that end by themselves',
-                     'Answers that end: greedy answers that end by themselves before the limit on their length.', lower_is_better=False,
+                     'Answers that end: answers that end by themselves before the limit on their length; the likeliest token each time, '
+                     f'with a repetition penalty of {REPETITION_PENALTY}.', lower_is_better=False,
                      estimate='share', caution=_seldom),
     general_answers=Metric('general answers', "General answers: {model} reads the teacher's answers to general questions at {value} bits "
                            'per byte', 'general_chats', _bits_of_general_answers, note=_BITS['note'],

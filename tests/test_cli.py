@@ -437,7 +437,7 @@ def test_what_a_person_types_is_never_a_control_token(model_folder, monkeypatch)
 
 
 @pytest.mark.parametrize('arguments', [['nowhere'], ['.'], ['MODEL', '--max-new-tokens', '0'], ['MODEL', '--temperature', '-1'],
-                                       ['MODEL', '--temperature', 'nan']])
+                                       ['MODEL', '--temperature', 'nan'], ['MODEL', '--repetition-penalty', '0.9']])
 def test_chat_refuses_in_one_sentence(model_folder, capsys, arguments):
     assert cli.main(['chat', *[str(model_folder) if a == 'MODEL' else a for a in arguments]]) == 2
     error = capsys.readouterr().err

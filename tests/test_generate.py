@@ -57,6 +57,27 @@ def test_streamed_and_batched_answers_agree(babbler):
         assert ''.join(stream(babbler, prompt, 10)).strip() == answer.text
 
 
+def test_a_repetition_penalty_counts_what_was_written_alone_and_together(babbler):
+    "Of the answer alone: neither the prompt, nor what fills up a row, nor the answers beside it."
+    def penalised(prompt: list[int], new: int) -> list[int]:
+        said = []
+        while len(said) < new:
+            with torch.no_grad(): logits = babbler.model(torch.tensor([prompt + said])).logits[0, -1].double()
+            for i in set(said): logits[i] = logits[i]/1.7 if logits[i] > 0 else logits[i]*1.7
+            said.append(int(logits.argmax()))
+            if said[-1] in halt_ids(babbler): break
+        return said
+    prompts = prompts_of(babbler)
+    expected = [penalised(prompt, 16) for prompt in prompts]
+    assert expected != [answer.ids for answer in respond(babbler, prompts, 16)]
+    for batch_size in (1, 2, 16):
+        assert [answer.ids for answer in respond(babbler, prompts, 16, batch_size=batch_size, repetition_penalty=1.7)] == expected
+    for prompt, answer in zip(prompts, respond(babbler, prompts, 16, repetition_penalty=1.7)):
+        assert ''.join(stream(babbler, prompt, 16, repetition_penalty=1.7)).strip() == answer.text
+    for wrong in (0.5, 0.0, -1.0, float('inf'), float('nan')):
+        with pytest.raises(InputError, match='repetition_penalty'): respond(babbler, prompts, 4, repetition_penalty=wrong)
+
+
 def test_the_last_places_of_the_context_can_be_used():
     for family in families(1, 1, 1, 1, 1):
         lm = loud(family, context=48)
