@@ -103,8 +103,8 @@ def _up_to(documents: Iterable[list[int]], tokens: float) -> list[list[int]]:
 
 # %% ../nbs/43_heal.ipynb #7a1b000d
 def train(run: Run, small: LanguageModel, whole: LanguageModel, corpus: Corpus, chats: Sequence[dict] = (), parents: Sequence[Path] = (),
-          name: str = 'healed', **settings) -> LanguageModel:
-    """A copy of `small` that has learnt to say what `whole` says, on general texts of the corpus and `chats`, as the stage models/`name`.
+          **settings) -> LanguageModel:
+    """A copy of `small` that has learnt to say what `whole` says, on general texts of the corpus and `chats`, as the stage models/healed.
 
     `settings` are the fields of `Recipe`, `parents` the folders of the stages that the chats come from. Both models have the same tokens.
     Without anything cut, `small` itself. Source: Minitron, arXiv:2407.14679 (logits alone). Errors are those of `training.fit`.
@@ -123,5 +123,5 @@ def train(run: Run, small: LanguageModel, whole: LanguageModel, corpus: Corpus, 
             states, _ = target_states(hidden_states(model, batch), batch)
             return dict(loss=teacher.loss(batch, states, head_of(model), divergence, recipe.temperature, batch['count']))
         return Task(batch_at, loss)
-    return train_stage(run, name, recipe, small, task_for, dict(whole=weights_hash(whole.model)),
+    return train_stage(run, 'healed', recipe, small, task_for, dict(whole=weights_hash(whole.model)),
                        [corpus.folder, run.folder/'models'/'shrunk', *parents], 'heal')

@@ -83,8 +83,12 @@ _PROMISES = (('Stage 1 teaches science', 'science_bpb', 'contrast', 'base', True
             ('Stage 2 keeps the science of stage 1', 'science_bpb', 'distilled', 'contrast', False),
             ('Stage 2 teaches answers', 'answer_bpb', 'distilled', 'contrast', True),
             ('Stage 2 teaches to end an answer', 'stop_rate', 'distilled', 'contrast', True),
+            ('Stage 2 brings the helper back: general answers', 'general_answers', 'distilled', 'contrast', True),
+            ('Stage 2 leads nearer to the teacher', 'teacher_kl', 'distilled', 'contrast', True),
             ('General text is not forgotten', 'general_bpb', 'distilled', 'base', False),
-            ('The result reads science at least as well as the teacher', 'science_bpb', 'distilled', 'teacher', False))
+            ('General answers are not forgotten', 'general_answers', 'distilled', 'base', False),
+            ('The result reads science better than the teacher', 'science_bpb', 'distilled', 'teacher', True),
+            ('The result answers about the papers better than the teacher', 'answer_bpb', 'distilled', 'teacher', True))
 
 
 def _kept_promise(gain: bool, verdict: str) -> str:

@@ -124,7 +124,7 @@ def test_figures_are_drawn_for_any_models(names):
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert labels == list(names)
         plt.close(figure)
-    assert report._size_caption(result) and report._before_after_caption(result) and len(report.promises(result)) in (0, 7)
+    assert report._size_caption(result) and report._before_after_caption(result) and len(report.promises(result)) in (0, 8)
 
 
 def test_loss_curves_have_a_panel_for_each_part(run):
@@ -339,7 +339,7 @@ def test_references_stand_in_tables_figures_and_captions(run, corpus):
         assert [text.get_text() for text in figure.legends[0].get_texts()] == list(shown.index)
         plt.close(figure)
     assert 'distilled has 100% of the parameters of larger: science ' in report._size_caption(result)
-    assert 'of plain: science ' in report._size_caption(result) and len(report.promises(result)) == 7
+    assert 'of plain: science ' in report._size_caption(result) and len(report.promises(result)) == 8
     (run.folder/'models'/'larger').mkdir(parents=True)
     report.publish(run, result, CONFIG, corpus)
     assert not (run.folder/'models'/'larger'/'README.md').exists()  # a model that is not of this run gets no card of it
@@ -376,6 +376,6 @@ def test_a_card_says_whether_there_was_a_teacher(run, corpus):
 def test_the_numbers_of_an_earlier_run_are_still_read(root):
     shown = read_json(root/'nbs'/'results'/'abstracts.json')
     shown.pop('compared', None)
-    assert list(report.table(shown).index) == list(NAMES) and len(report.promises(shown)) == 7
+    assert list(report.table(shown).index) == list(NAMES) and len(report.promises(shown)) == 8
     assert report.table_note(shown) == ('Bits per byte of held-out texts (fewer is better), and the share of answers that end by '
                                         'themselves (more is better); in brackets 95 % intervals.')
