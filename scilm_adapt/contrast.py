@@ -38,7 +38,7 @@ class Recipe(recipes.Recipe):
     steps: int = 30                    # optimiser steps
     learning_rate: float = 0.0005      # its peak; about 2e-5 for models of a billion weights and more
     pairs_weight: float = 0.0          # of telling apart which texts belong together, beside reading; 0.1 makes a finder (0 = none of it)
-    token_weight: float | None = None  # of pushing the tokens of a text apart (none = 1 or 0, by what a probe of the student finds)
+    token_weight: float | None = 0.0   # of pushing the tokens of a text apart (none = 1 or 0, by what a probe of the student finds)
     preference_weight: float = 0.0     # of telling how papers go on from how they do not
     replay_share: float = 0.0          # share of the rows that are general text, so that it is not forgotten (0 = papers only)
     anchor_weight: float = 0.0         # of staying near what the model before stage 1 says of these rows
@@ -168,7 +168,7 @@ def _task_for(learner: LanguageModel, recipe: Recipe, run: Run, student: Languag
         preferred = preferences.prepare(run, student, records, recipe.preference, recipe.seed, [corpus.folder])
     held_out = list(map(document, [*corpus.science['valid'][:64], *records[:64]][:64]))  # a tiny corpus holds out too few
     probed = partial(probe, documents=held_out, margin=recipe.margin, context=recipe.context)
-    before, resolved = probed(student), recipe
+    before, resolved = None if recipe.token_weight == 0 else probed(student), recipe
     if recipe.token_weight is None:
         resolved = replace(recipe, token_weight=token_weight(before))
         print(f'  {weight_reason(before)}', flush=True)
@@ -177,14 +177,15 @@ def _task_for(learner: LanguageModel, recipe: Recipe, run: Run, student: Languag
               for name, some in texts.items()]
     return Task(batch_maker(packed[0], resolved, pairs_at, preferred, *packed[1:]), contrast_loss(resolved, student.model),
                 partial(_records_at, packed, [*texts.values()], recipe),
-                finish=lambda trained: write_json(folder/'geometry.json', dict(before=before, after=probed(trained))))
+                finish=lambda trained: write_json(folder/'geometry.json', dict(before=before, after=probed(trained))) if before else None)
 
 
 def train(run: Run, student: LanguageModel, corpus: Corpus, **settings) -> LanguageModel:
     """Stage 1: a copy of `student` fine-tuned on the papers' training split; kept in run.folder/models/contrast.
 
-    `settings` are the fields of `Recipe`. In the folder are also history.json, with the parts of the loss (see `contrast_loss`), and
-    geometry.json, what `geometry.probe` says of the student before and after. `student` is not changed. InputError for what cannot work.
+    `settings` are the fields of `Recipe`. In the folder are also history.json, with the parts of the loss (see `contrast_loss`), and,
+    where token contrast is asked for, geometry.json, what `geometry.probe` says of the student before and after. `student` is not
+    changed. InputError for what cannot work.
     """
     recipe = recipe_of(Recipe, settings)
     recipe.check(student)

@@ -309,7 +309,7 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
 def test_the_weight_of_token_contrast_follows_the_probe(tmp_path, corpus, student, capsys, common, weight):
     student = replace(student, model=copy.deepcopy(student.model))
     student.model.model.norm.register_forward_hook(lambda module, inputs, out: out + common)  # a direction that all tokens share
-    train(Run(tmp_path/'run'), student, corpus, **SETTINGS)
+    train(Run(tmp_path/'run'), student, corpus, **SETTINGS, token_weight=None)
     assert f'Token contrast has weight {weight:.0f}' in capsys.readouterr().out
     folder = tmp_path/'run'/'models'/'contrast'
     assert ('token' in read_json(folder/'history.json')[0]) == bool(weight)
