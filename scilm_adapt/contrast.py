@@ -22,7 +22,9 @@ from . import recipe as recipes
 from .errors import InputError, say
 from .files import write_json
 from .geometry import check_margin, probe, token_contrast, token_pairs, token_weight, weight_reason
+from .mistakes import Ditto, Mistakes, check_ditto, check_mistakes, ditto_batch, ditto_loss, mistakes_loss
 from .models import LanguageModel, check_memory, hidden_states, logits_of
+from .next_token import NextToken, check_next_token, next_token_batch, next_token_part
 from .pairs import Pairs, pair_loss, pair_maker
 from .papers import Corpus, document
 from .preference import Pair, Preference, check_preference, preference_batch, preference_part
@@ -41,16 +43,23 @@ class Recipe(recipes.Recipe):
     token_weight: float | None = None  # of pushing the tokens of a text apart (none = 1 or 0, by what a probe of the student finds)
     preference_weight: float = 0.0     # of telling how papers go on from how they do not
     replay_share: float = 0.0          # share of the rows that are general text, so that it is not forgotten (0 = papers only)
+    next_token_weight: float = 0.0     # of laying places with the same next word together
+    mistakes_weight: float = 0.0       # of pushing down likely words that were said before
+    ditto_weight: float = 0.0          # of being less sure of a sentence each time it is repeated
     anchor_weight: float = 0.0         # of staying near what the model before stage 1 says of these rows
     anchor_decay: float = 1.0          # what that weight is multiplied by from one step to the next (1 = it stays)
     margin: float = 0.5                # by how much two tokens of a text are to differ: ρ of token contrast
     band: int = 0                      # tokens up to this distance may be alike
     pairs: Pairs = field(default_factory=Pairs)  # what pairs_weight weighs
     preference: Preference = field(default_factory=Preference)  # what preference_weight weighs
+    next_token: NextToken = field(default_factory=NextToken)  # what next_token_weight weighs
+    mistakes: Mistakes = field(default_factory=Mistakes)  # what mistakes_weight weighs
+    ditto: Ditto = field(default_factory=Ditto)  # what ditto_weight weighs
 
     def weights_at(self, step: int) -> dict[str, float]:
         "The weights of the loss's parts at a step."
         return dict(lm=1.0, token=self.token_weight, pairs=self.pairs_weight, preference=self.preference_weight,
+                    next_token=self.next_token_weight, mistakes=self.mistakes_weight, ditto=self.ditto_weight,
                     anchor=self.anchor_weight*self.anchor_decay**step)
 
     def check(self, student: LanguageModel) -> None:
@@ -68,6 +77,9 @@ class Recipe(recipes.Recipe):
         if (self.pairs_weight or self.preference_weight) and student.tokenizer.pad_token_id is None:
             raise InputError(f"The tokenizer of '{student.name}' has no token that fills rows up; set tokenizer.pad_token = "
                              f"tokenizer.eos_token, or set pairs_weight and preference_weight to 0.")
+        if self.next_token_weight: check_next_token(self.next_token, self.batch_size, self.micro_batch)
+        if self.mistakes_weight: check_mistakes(self.mistakes)
+        if self.ditto_weight: check_ditto(self.ditto, min(self.context, student.context))
         if self.preference_weight: check_preference(self.preference, min(self.context, student.context))
         check_memory(student)
 
@@ -126,7 +138,8 @@ def _weighted_sum(parts: dict[str, Callable], weights_at: Callable[[int], dict[s
 
 
 def contrast_loss(recipe: Recipe, reference: PreTrainedModel | None = None) -> Callable:
-    """The loss of stage 1 for `training.fit`: 'loss', 'lm', and of what has a weight 'token', 'pairs', 'preference' and 'anchor'.
+    """The loss of stage 1 for `training.fit`: 'loss', 'lm', and of what has a weight 'token', 'pairs', 'preference',
+    'next_token', 'mistakes', 'ditto' and 'anchor'.
 
     'lm' and 'anchor', the distance from `reference`, are in nats per token.
     """
@@ -135,21 +148,27 @@ def contrast_loss(recipe: Recipe, reference: PreTrainedModel | None = None) -> C
         return token_contrast(hidden, batch['segments'], recipe.margin, band=recipe.band, count=batch['token_pairs'])
     def pairs(model, batch, hidden): return pair_loss(model, batch, settings.temperature, settings.pooling, settings.chunk)
     def preference(model, batch, hidden): return preference_part(model, batch, **recipe.preference.settings)
+    def next_token(model, batch, hidden): return next_token_part(batch, hidden, recipe.next_token.temperature)
+    def mistakes(model, batch, hidden): return mistakes_loss(model, batch, hidden, recipe.mistakes)
+    def ditto(model, batch, hidden): return ditto_loss(model, batch, recipe.ditto.decay)
     def anchor(model, batch, hidden): return anchor_loss(model, reference, batch, hidden)
-    return _weighted_sum(dict(lm=lm_loss, token=token, pairs=pairs, preference=preference, anchor=anchor), recipe.weights_at)
+    return _weighted_sum(dict(lm=lm_loss, token=token, pairs=pairs, preference=preference, next_token=next_token,
+                              mistakes=mistakes, ditto=ditto, anchor=anchor), recipe.weights_at)
 
 
 def batch_maker(packed: Packed, recipe: Recipe, pairs_at: Callable[[int], dict] | None = None, preferred: Sequence[Pair] = (),
-                general: Packed | None = None) -> Callable[[int], dict[str, torch.Tensor]]:
+                general: Packed | None = None, lessons_at: Callable[[int], dict] | None = None) -> Callable[[int], dict[str, torch.Tensor]]:
     """`batch_at(step)`: rows of the papers `packed` and, at a share of replay, of `general` text, with the number of their token pairs, and
-    the pairs and preferences of that step, if there are any; an anchor is told its 'step'.
+    the pairs, lessons in repetition and preferences of that step, if there are any; an anchor is told its 'step'.
     """
     sources = [packed] if general is None else [packed, general]
     def batch_at(step: int) -> dict[str, torch.Tensor]:
         batch = _joined([rows.batch(numbers) for rows, numbers in zip(sources, mixed_rows([*map(len, sources)], recipe, step))])
         if recipe.anchor_weight: batch['step'] = torch.tensor(step)
+        if recipe.next_token_weight: batch |= next_token_batch(batch, recipe.next_token, step, recipe.seed)
         if recipe.token_weight: batch['token_pairs'] = token_pairs(batch['segments'], recipe.band)
-        if pairs_at: batch |= pairs_at(step)
+        for part_at in (pairs_at, lessons_at):
+            if part_at: batch |= part_at(step)
         if preferred:
             chosen = batch_rows(len(preferred), recipe.preference.batch, step, recipe.seed)
             batch |= preference_batch([preferred[number] for number in chosen])
@@ -163,6 +182,7 @@ def _task_for(learner: LanguageModel, recipe: Recipe, run: Run, student: Languag
     records = corpus.science['train']
     settings = replace(recipe.pairs, length=min(recipe.pairs.length, recipe.context))
     pairs_at = pair_maker(student.tokenizer, records, settings, recipe.seed) if recipe.pairs_weight else None
+    lessons_at = partial(ditto_batch, student.tokenizer, records, recipe.ditto, seed=recipe.seed) if recipe.ditto_weight else None
     preferred = ()
     if recipe.preference_weight:
         preferred = preferences.prepare(run, student, records, recipe.preference, recipe.seed, [corpus.folder])
@@ -175,7 +195,8 @@ def _task_for(learner: LanguageModel, recipe: Recipe, run: Run, student: Languag
     texts = {'tokens': records} | ({'general-tokens': corpus.general['train']} if recipe.replay_share else {})
     packed = [pack(store_tokens(run, name, map(document, some), student.tokenizer, [corpus.folder]), recipe.context, share=USEFUL)
               for name, some in texts.items()]
-    return Task(batch_maker(packed[0], resolved, pairs_at, preferred, *packed[1:]), contrast_loss(resolved, student.model),
+    return Task(batch_maker(packed[0], resolved, pairs_at, preferred, *packed[1:], lessons_at=lessons_at),
+                contrast_loss(resolved, student.model),
                 partial(_records_at, packed, [*texts.values()], recipe),
                 finish=lambda trained: write_json(folder/'geometry.json', dict(before=before, after=probed(trained))))
 
