@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'next_probabilities', 'plain', 'check_settings', 'check_room', 'check_mask', 'pick', 'sample', 'Reader',
-           'reads_on', 'write', 'repetition', 'diversity', 'contrastive_search']
+           'reads_on', 'write', 'repetition', 'diversity', 'contrastive_search', 'penalised', 'contrastive_decoding',
+           'decoders_against']
 
 # %% ../nbs/24_decoding.ipynb #7272460e
 import inspect
@@ -108,12 +109,13 @@ def _set_out(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: to
 
 def sample(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int = 64,
            temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, eos_token_id: int | list[int] | None = None,
-           generator: torch.Generator | None = None) -> torch.Tensor:
+           generator: torch.Generator | None = None, bend: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
     """Prompts [B, L], filled up on the left where `attention_mask` [B, L] is 0, with their continuations: ids [B, L + new].
 
     `new` is the length of the longest, at most `max_new_tokens`. A row ends with one of `eos_token_id` (None: nothing ends it) and is
     filled up with the first of them. Temperature 0 is greedy; for the settings see `next_probabilities`; chance comes from `generator`
-    (None: torch's). Settings that came with the model do not act, nor does dropout. InputError for what cannot work;
+    (None: torch's). `bend(logits, ids, mask, live)` may change the logits [b, V] of the rows `live`, of which `ids` and their `mask` [b, n]
+    stand there. Settings that came with the model do not act, nor does dropout. InputError for what cannot work;
     FloatingPointError if the model answers with NaN.
     """
     check_settings(max_new_tokens, temperature, top_p, min_p)
@@ -121,7 +123,8 @@ def sample(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torc
     shape, source = (len(ids), max_new_tokens), generator.device if generator is not None else 'cpu'
     uniforms = 1 - torch.rand(shape, generator=generator, device=source) if temperature else torch.ones(shape)
     with plain(model), torch.inference_mode():
-        return ids[:, :write(model, ids, mask, input_ids.shape[1], uniforms.to(ids.device), ends, (temperature, top_p, min_p))]
+        return ids[:, :write(model, ids, mask, input_ids.shape[1], uniforms.to(ids.device), ends, (temperature, top_p, min_p),
+                             bend)]
 
 # %% ../nbs/24_decoding.ipynb #48230adc
 def _read_on(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, mask: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor:
@@ -190,13 +193,14 @@ def reads_on(model: PreTrainedModel) -> dict[bool, bool]:
 
 # %% ../nbs/24_decoding.ipynb #b2f058fc
 def write(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, at: int, uniforms: torch.Tensor, ends: torch.Tensor,
-          settings: tuple[float, float, float]) -> int:
+          settings: tuple[float, float, float], bend: Callable[..., torch.Tensor] | None = None) -> int:
     "Continue `ids` [B, L + new] in place from column `at`; the column after the last token written. See `sample`."
     live, reader, start = torch.arange(len(ids), device=ids.device), Reader(model, mask[:, :at]), 0
     for step in range(uniforms.shape[1]):
         logits = logits_of(model, reader.read(ids[live, start:at])[:, -1]).float()
         if not logits.amax(-1).isfinite().all():
             raise FloatingPointError('The model answers with NaN or infinity, so nothing can be drawn from it; check its weights.')
+        if bend: logits = bend(logits, ids[live, :at], mask[live, :at], live)
         ids[live, at] = new = pick(logits, uniforms[live, step], *settings)
         start, at = at, at + 1
         going = ~torch.isin(new, ends)
@@ -234,7 +238,7 @@ def _keep_beside(cache: Cache, chosen: torch.Tensor, k: int) -> None:
         for stored in (layer.keys, layer.values): stored[:, :, -k] = stored[rows, :, chosen - k]
     cache.crop(1 - k)
 
-# %% ../nbs/24_decoding.ipynb #295541cc
+
 def _read_apart(model: PreTrainedModel, cache: Cache, candidates: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "What `_read_beside` gives, with k copies of each row in `cache`, which any model can read."
     rows, k = candidates.shape
@@ -335,9 +339,50 @@ def _custom_contrastive_search(model: PreTrainedModel, input_ids: torch.Tensor, 
     ids[:, length:].masked_fill_(ended.cumsum(1) > ended.long(), generation_config.pad_token_id)  # what comes after a row's first end
     return ids
 
+# %% ../nbs/24_decoding.ipynb #dec00002
+def penalised(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, live: torch.Tensor, penalty: float = 1.2) -> torch.Tensor:
+    "Logits [b, V] with those of the tokens in `ids` [b, n], where `mask` [b, n] marks them, made smaller (arXiv:1909.05858)."
+    said = torch.zeros_like(logits).scatter_add_(-1, ids, mask.to(logits)) > 0
+    return torch.where(said, torch.where(logits > 0, logits/penalty, logits*penalty), logits)
+
+
+class _Amateur:
+    "Reads along what is written, by calls as `sample` makes them of `bend`, and takes its own log-probabilities off where it is plausible."
+
+    def __init__(self, model: PreTrainedModel, plausible: float): self.model, self.plausible, self.reader = model, plausible, None
+
+    def __call__(self, logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        if self.reader is None: self.reader, self.live, self.at = Reader(self.model, mask), live, 0
+        if len(live) < len(self.live): self.reader.keep(torch.isin(self.live, live).nonzero()[:, 0])
+        states, self.live, self.at = self.reader.read(ids[:, self.at:])[:, -1], live, ids.shape[1]
+        said, known = logits.log_softmax(-1), logits_of(self.model, states).float().log_softmax(-1)
+        return (said - known).masked_fill(said < said.amax(-1, keepdim=True) + math.log(self.plausible), -math.inf)
+
+
+def contrastive_decoding(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, amateur: PreTrainedModel,
+                         plausible: float = 0.1, temperature: float = 0.0, **settings: object) -> torch.Tensor:
+    """What `sample` gives when the `amateur`'s log-probabilities are taken off the model's (arXiv:2210.15097).
+
+    Only tokens that are at least `plausible` times as likely as the likeliest can be chosen. Lengths, ends and errors are those of
+    `sample`; and InputError for models of different vocabularies, or a share that is none.
+    """
+    if not 0 < plausible <= 1: raise InputError(f'plausible is {plausible}; set it above 0 and to at most 1 (1: the likeliest token).')
+    sizes = [one.config.get_text_config().vocab_size for one in (model, amateur)]
+    if len({*sizes}) > 1:
+        raise InputError(f'The models have {sizes[0]:,} and {sizes[1]:,} tokens; contrastive decoding takes two with the same, such as '
+                         f'a model before and after training.')
+    with plain(amateur):
+        return sample(model, input_ids, attention_mask, temperature=temperature, bend=_Amateur(amateur, plausible), **settings)
+
 # %% ../nbs/24_decoding.ipynb #cc6779ae
 # Each takes a model, left-filled ids and their mask, max_new_tokens, eos_token_id and generator, and gives ids [B, L + new].
 DECODERS: dict[str, Callable[..., torch.Tensor]] = {
     'greedy': partial(sample, temperature=0.0),
     'sampling': partial(sample, top_p=0.95),
-    'contrastive search': lambda *given, generator=None, **named: contrastive_search(*given, **named)}  # there is no chance in it
+    'contrastive search': lambda *given, generator=None, **named: contrastive_search(*given, **named),  # there is no chance in it
+    'repetition penalty': partial(sample, temperature=0.0, bend=penalised)}
+
+
+def decoders_against(amateur: PreTrainedModel) -> dict[str, Callable[..., torch.Tensor]]:
+    "`DECODERS`, and contrastive decoding against this model."
+    return DECODERS | {'contrastive decoding': partial(contrastive_decoding, amateur=amateur)}
