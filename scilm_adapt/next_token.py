@@ -60,12 +60,14 @@ def next_token_contrast(states: torch.Tensor, classes: torch.Tensor, texts: torc
     def surprise(some: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         keys, positives = keys_of(classes, texts, some)
         has = positives.any(-1)
-        scores = (units[some[has]] @ units.T/temperature).masked_fill(~keys[has], -math.inf)
-        return (scores.logsumexp(-1) - scores.masked_fill(~positives[has], -math.inf).logsumexp(-1)).sum()
+        with torch.autocast(units.device.type, enabled=False):  # 16 bits are too few for what is divided by a small temperature
+            scores = (units[some[has]] @ units.T/temperature).masked_fill(~keys[has], -math.inf)
+        values = scores.logsumexp(-1) - scores.masked_fill(~positives[has], -math.inf).logsumexp(-1)
+        return torch.stack([values.sum(), has.sum().to(values)])
     parts = torch.arange(len(units), device=units.device).split(max(1, _AT_ONCE//max(1, len(units))))
-    total = sum((checkpoint(surprise, some, units, use_reentrant=False, preserve_rng_state=False) for some in parts), units.sum()*0)
-    with torch.no_grad(): number = sum(int(keys_of(classes, texts, some)[1].any(-1).sum()) for some in parts)
-    return total/max(1, number)
+    nothing = torch.stack([units.sum()*0, units.new_zeros(())])
+    total, number = sum((checkpoint(surprise, some, units, use_reentrant=False, preserve_rng_state=False) for some in parts), nothing)
+    return total/number.clamp(min=1)
 
 # %% ../nbs/30_next_token.ipynb #nex00016
 @dataclass(frozen=True)

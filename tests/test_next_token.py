@@ -160,3 +160,11 @@ def test_no_table_of_all_places_is_kept(student, packed, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
         next_token_part(batch, hidden)
     assert 0 < max(kept) <= hidden.numel() < number**2
+
+
+def test_cosines_are_taken_in_32_bits_where_the_rest_is_computed_in_16():
+    states = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    kinds, owners = torch.arange(40) % 5, torch.arange(40)//10
+    wanted = next_token_contrast(states.double(), kinds, owners, 0.03)
+    with torch.autocast('cpu', torch.bfloat16): found = next_token_contrast(states, kinds, owners, 0.03)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(wanted.item(), rel=1e-5)
