@@ -232,15 +232,15 @@ def respond(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int = 6
 
 # %% ../nbs/25_generate.ipynb #2fb556c0
 def continuations(lm: LanguageModel, prompts: list[list[int]], decoder: str = 'greedy', max_new_tokens: int = 64, seed: int = 0,
-                  batch_size: int = 16) -> list[Answer]:
-    """How the documents that begin with these prompts (token ids) go on, by the `decoder` of that name in `DECODERS`, in their order.
+                  batch_size: int = 16, decoders: dict[str, Callable[..., torch.Tensor]] = DECODERS) -> list[Answer]:
+    """How the documents that begin with these prompts (token ids) go on, by the `decoder` of that name in `decoders`, in their order.
 
     Chance comes from `seed`. InputError for an unknown decoder and for prompts that cannot be continued so far.
     """
-    if decoder not in DECODERS: raise InputError(f"decoder is '{decoder}'; choose one of: {', '.join(DECODERS)}.")
+    if decoder not in decoders: raise InputError(f"decoder is '{decoder}'; choose one of: {', '.join(decoders)}.")
     check_prompts(lm, prompts, max_new_tokens, 0.0, 1.0)
     ends = [document_ends(lm.tokenizer)[1]]
-    batches = continued(lm, prompts, ends, lambda number: rng('continuations', seed, number), batch_size, DECODERS[decoder],
+    batches = continued(lm, prompts, ends, lambda number: rng('continuations', seed, number), batch_size, decoders[decoder],
                         max_new_tokens=max_new_tokens)
     return _answers_of(lm, batches, len(prompts), ends, ends, f'continuing ({decoder})')
 
@@ -254,7 +254,7 @@ def next_tokens(lm: LanguageModel, prompt_ids: list[int], temperature: float, to
     ids = torch.tensor([prompt_ids], device=device)
     reader, said = Reader(lm.model, torch.ones_like(ids)), ids[:, :0]
     while True:
-        logits = penalised(logits_of(lm.model, reader.read(ids)[:, -1]).float(), said, repetition_penalty)
+        logits = penalised(logits_of(lm.model, reader.read(ids)[:, -1]).float(), said, torch.ones_like(said), penalty=repetition_penalty)
         ids = torch.multinomial(next_probabilities(logits, temperature, top_p), 1, generator=generator)
         said = torch.cat([said, ids], 1)
         yield int(ids)

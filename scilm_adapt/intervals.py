@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['estimates', 'ratio_interval', 'difference_interval', 'rate_interval', 'rate_difference_interval', 'seeds_interval',
-           'Subject', 'Metric']
+           'seeds_p_value', 'holm', 'documents_needed', 'Subject', 'Metric']
 
 # %% ../nbs/03_intervals.ipynb #68cc933a
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import binomtest, norm, t
 
 from .errors import InputError
@@ -69,15 +70,45 @@ def seeds_interval(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, 
     `numerator` is [seeds, documents], `denominator` [documents]. Zou & Donner (2008), doi:10.1002/sim.3095.
     InputError for a single seed, which says nothing about others.
     """
+    value, halves = _seeds_reach(numerator, denominator, 0.05)
+    reach = math.hypot(*halves)
+    return dict(value=value, low=value - reach, high=value + reach)
+
+
+def _seeds_reach(numerator: np.ndarray, denominator: np.ndarray, risk: float) -> tuple[float, tuple[float, float]]:
+    "The mean over seeds, and half the width of its intervals for other seeds and for other documents, each wrong at this risk."
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     seeds, documents = numerator.shape
     if seeds < 2: raise InputError('One seed says nothing about other seeds; give at least 2, better 3 or more.')
     values = numerator.sum(1)/denominator.sum()
     left = numerator.mean(0) - values.mean()*denominator  # what the ratio does not explain of each document
     error = math.sqrt((left**2).sum()*documents/max(documents - 1, 1))/denominator.sum()
-    halves = t.ppf(0.975, seeds - 1)*values.std(ddof=1)/math.sqrt(seeds), t.ppf(0.975, max(documents - 1, 1))*error
-    reach = math.hypot(*halves)
-    return dict(value=float(values.mean()), low=float(values.mean()) - reach, high=float(values.mean()) + reach)
+    halves = t.isf(risk/2, seeds - 1)*values.std(ddof=1)/math.sqrt(seeds), t.isf(risk/2, max(documents - 1, 1))*error
+    return float(values.mean()), tuple(map(float, halves))
+
+# %% ../nbs/03_intervals.ipynb #int00002
+def seeds_p_value(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    "The risk at which the interval of `seeds_interval` just touches zero, at least 1e-12."
+    def room(risk: float) -> float:
+        value, halves = _seeds_reach(numerator, denominator, risk)
+        return math.hypot(*halves) - abs(value)
+    return 1.0 if room(1.0) >= 0 else 1e-12 if room(1e-12) <= 0 else float(brentq(room, 1e-12, 1.0))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    "P-values by name, corrected for their number: what stays below 0.05 holds for all of them together (Holm 1979)."
+    found, least = {}, 0.0
+    for number, name in enumerate(sorted(p_values, key=p_values.get)):
+        least = max(least, min(1.0, (len(p_values) - number)*p_values[name]))
+        found[name] = least
+    return {name: found[name] for name in p_values}
+
+
+def documents_needed(numerator: np.ndarray, denominator: np.ndarray) -> int | None:
+    "Of how many documents a 95 % interval of the same mean would exclude zero; None if these seeds leave it open with any number of them."
+    value, (seeds, documents) = _seeds_reach(numerator, denominator, 0.05)
+    if abs(value) <= seeds: return None
+    return max(2, math.ceil(np.shape(numerator)[1]*documents**2/(value**2 - seeds**2)))
 
 # %% ../nbs/03_intervals.ipynb #a74ef632
 def _verdict(interval: dict[str, float], lower_is_better: bool = True) -> str:

@@ -15,7 +15,9 @@ from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
+from scilm_adapt.mistakes import Ditto, Mistakes, ditto_batch
 from scilm_adapt.models import hidden_states, logits_of, weights_hash
+from scilm_adapt.next_token import NextToken
 from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
@@ -27,6 +29,9 @@ SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt',
 PAPERS = [dict(id=name, title=f'On {name}', text=f'We study {name} in {number} experiments. The {name} was measured.')
           for number, name in enumerate(SUBJECTS)]
 SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, pairs_weight=0.1, pairs=Pairs(batch=4))
+CONTRASTS = dict(next_token=dict(next_token_weight=0.3), shuffled=dict(next_token_weight=0.3, next_token=NextToken(shuffled=True)),
+                 mistakes=dict(mistakes_weight=0.5), unlikelihood=dict(mistakes_weight=0.5, mistakes=Mistakes('unlikelihood', 48, 0)),
+                 ditto=dict(ditto_weight=0.5, ditto=Ditto(2, 32)))
 GENERAL = [dict(id=f'{name} by the sea', title=f'The {name}', text=f'A {name} лежал у моря, and nobody asked what the {name} was.')
            for name in ('lamp', 'дом', 'boat', 'letter', 'garden')]
 PREFERRED = [Pair(str(n), 'paper', [1, 5, 6 + n], [7, 8, 9 + n, 10], [8, 7, 20 + n, 4]) for n in range(6)]
@@ -88,9 +93,10 @@ def test_weighted_sum_reports_parts_and_skips_weight_zero(student):
 @pytest.mark.parametrize('micro_batch', [16, 4, 1])
 def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batch):
     recipe = Recipe(**SETTINGS | dict(steps=1, batch_size=16, token_weight=0.7, pairs_weight=0.3, preference_weight=0.2, margin=0.9,
-                                      pairs=Pairs(batch=6, chunk=4), preference=Preference(batch=3), replay_share=0.3, anchor_weight=0.4))
+                                      pairs=Pairs(batch=6, chunk=4), preference=Preference(batch=3), replay_share=0.3, anchor_weight=0.4,
+                                      mistakes_weight=0.6, ditto_weight=0.5, ditto=Ditto(3, 30)))
     batch_at = batch_maker(packed_papers(student), recipe, pair_maker(student.tokenizer, PAPERS, recipe.pairs, 0), PREFERRED,
-                           packed_papers(student, papers=GENERAL))
+                           packed_papers(student, papers=GENERAL), partial(ditto_batch, student.tokenizer, PAPERS, recipe.ditto, seed=0))
     before = reader(PAPERS, seed=1).model.double()
     found = []
     for rows in (16, micro_batch):
@@ -100,7 +106,8 @@ def test_all_parts_together_do_not_depend_on_the_micro_batch(student, micro_batc
                       precision='no', on_step_end=keep)
         found.append((history[0], gradients))
     (one, weights), (other, others) = found
-    for name in ('loss', 'lm', 'token', 'pairs', 'preference', 'anchor'): assert other[name] == pytest.approx(one[name], rel=1e-10)
+    for name in one.keys() & {'loss', 'lm', 'token', 'pairs', 'preference', 'mistakes', 'ditto', 'anchor'}:
+        assert other[name] == pytest.approx(one[name], rel=1e-10)
     assert max((weights[name] - others[name]).abs().max().item() for name in weights) < 1e-10
 
 
@@ -233,13 +240,14 @@ class Killed(BaseException):
     "Raised in place of a kill -9."
 
 
-def test_with_replay_and_an_anchor_a_stopped_training_comes_to_the_same_weights(tmp_path, mixed, student, monkeypatch):
-    settings = SETTINGS | dict(steps=7, replay_share=0.3, anchor_weight=1.0, anchor_decay=0.9)
+def test_with_all_of_it_a_stopped_training_comes_to_the_same_weights(tmp_path, mixed, student, monkeypatch):
+    settings = SETTINGS | dict(steps=7, replay_share=0.3, anchor_weight=1.0, anchor_decay=0.9, **CONTRASTS['shuffled'],
+                               **CONTRASTS['mistakes'], **CONTRASTS['ditto'])
     whole = weights_hash(train(Run(tmp_path/'whole'), student, mixed, **settings).model)
     monkeypatch.setattr(recipe, 'Checkpoints', partial(Checkpoints, steps=2))
     real, at, steps = contrast.batch_maker, [3, 6], []
-    def dying(*arguments):
-        batch_at = real(*arguments)
+    def dying(*arguments, **named):
+        batch_at = real(*arguments, **named)
         def of(step):
             steps.append(step)
             if at and step == at[0]: raise Killed(at.pop(0))
@@ -294,7 +302,8 @@ def test_the_same_stage_gives_the_same_weights(tmp_path, corpus, student):
 
 
 def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, corpus, student, monkeypatch):
-    for part in ('pair_maker', 'token_contrast', 'preference_part', 'anchor_loss'):
+    for part in ('pair_maker', 'token_contrast', 'preference_part', 'anchor_loss', 'next_token_batch', 'next_token_part', 'mistakes_loss',
+                 'ditto_batch', 'ditto_loss'):
         monkeypatch.setattr(contrast, part, lambda *a, **k: pytest.fail('made'))
     monkeypatch.setattr(contrast.preferences, 'prepare', lambda *a: pytest.fail('preferences were made'))
     untitled = replace(corpus, science=corpus.science | dict(train=[paper | dict(title='', text=document(paper)) for paper in PAPERS]))
@@ -302,7 +311,8 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
     row = read_json(tmp_path/'run'/'models'/'contrast'/'history.json')[0]
     batch = batch_maker(packed_papers(student, 48), Recipe(**SETTINGS | dict(token_weight=0)))(0)
     with torch.no_grad(): first = lm_loss(student.model, batch)
-    assert not {'pairs', 'token', 'preference', 'anchor'} & row.keys() and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
+    assert not {'pairs', 'token', 'preference', 'next_token', 'mistakes', 'ditto', 'anchor'} & row.keys()
+    assert row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize('common, weight', [(0.0, 0.0), (3.0, 1.0)])
@@ -335,6 +345,30 @@ def test_preferences_are_learnt_by_adapters_too(tmp_path, corpus, student):
     assert torch.equal(lm.model.get_input_embeddings().weight, student.model.get_input_embeddings().weight)  # adapters leave it alone
 
 
+def test_each_contrast_is_a_part_of_the_loss_and_another_stage(tmp_path, corpus, student):
+    settings, found = SETTINGS | dict(pairs_weight=0.0), {}
+    for name, arm in dict(off={}, **CONTRASTS).items():
+        found[name] = weights_hash(train(Run(tmp_path/name), student, corpus, **settings, **arm).model)
+        weights = {key.removesuffix('_weight'): value for key, value in arm.items() if key.endswith('_weight')}
+        for row in history_of(tmp_path/name):
+            assert row['loss'] == pytest.approx(row['lm'] + sum(weight*row[part] for part, weight in weights.items()), rel=1e-5)
+            assert all(row[part] > 0 for part in weights)
+    assert len({*found.values()}) == len(found)  # the control is another training, too
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_not_cut_in_silence(student):
+    recipe = Recipe(**SETTINGS | dict(batch_size=4, token_weight=0.0, pairs_weight=0.0, next_token_weight=0.1))
+    batch_at = batch_maker(packed_papers(student), recipe)
+    with pytest.raises(InputError, match='compares the 4 rows of a batch'):
+        fit(copy.deepcopy(student.model), batch_at, contrast_loss(recipe), 1, learning_rate=1e-3, micro_batch=2)
+
+
+def test_several_processes_are_refused_where_they_would_see_fewer_places(tmp_path, corpus, student, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    settings = SETTINGS | dict(pairs_weight=0.0, next_token_weight=0.1)
+    with pytest.raises(InputError, match='2 processes share each batch'): train(Run(tmp_path/'run'), student, corpus, **settings)
+
+
 def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     settings = SETTINGS | dict(steps=60, pairs=Pairs(batch=12), learning_rate=5e-3, pairs_weight=1.0)
     lm = train(Run(tmp_path/'run'), student, corpus, **settings)
@@ -359,6 +393,12 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(anchor_decay=1.01), r'anchor_decay is 1.01'),
     (dict(margin=0.0), r'margin is 0.0'),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
+    (dict(next_token_weight=-0.1), r'next_token_weight is -0.1'),
+    (dict(next_token_weight=0.1, next_token=NextToken(temperature=0)), r'temperature is 0; it must be above 0'),
+    (dict(next_token_weight=0.1, micro_batch=1), r'micro_batch is 1.*all 2 rows.*set micro_batch to 0'),
+    (dict(mistakes_weight=math.inf), r'mistakes_weight is inf'),
+    (dict(mistakes_weight=1.0, mistakes=Mistakes(kind='likelihood')), r"kind is 'likelihood'"),
+    (dict(ditto_weight=1.0, ditto=Ditto(length=49)), r'length is 49.*at most the 48'),
     (dict(pairs=Pairs(batch=1)), r'batch=1.*at least 2'),
     (dict(trackers='tensorbord'), r"trackers names 'tensorbord'"),
     (dict(filler=False), r'tokenizer.pad_token'),

@@ -1,6 +1,7 @@
 """Continuations: the same alone and together, as a plain loop, the library and the formulas give them; what goes in circles counted."""
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,15 +17,18 @@ from scilm_adapt import decoding
 from scilm_adapt.decoding import (
     DECODERS,
     _custom_contrastive_search,
+    contrastive_decoding,
     contrastive_search,
+    decoders_against,
     diversity,
     next_probabilities,
+    penalised,
     plain,
     repetition,
     sample,
 )
 from scilm_adapt.errors import InputError
-from scilm_adapt.models import families
+from scilm_adapt.models import families, hidden_states, logits_of, tiny
 from scilm_adapt.tokens import pad
 
 
@@ -409,7 +413,72 @@ def test_decoders_by_name_are_the_functions_and_take_the_same(lm):
     batch, chance = padded(prompts_of(lm)), lambda: torch.Generator().manual_seed(4)
     expected = {'greedy': sample(lm.model, **batch, max_new_tokens=9, temperature=0),
                 'sampling': sample(lm.model, **batch, max_new_tokens=9, top_p=0.95, generator=chance()),
-                'contrastive search': contrastive_search(lm.model, **batch, max_new_tokens=9)}
+                'contrastive search': contrastive_search(lm.model, **batch, max_new_tokens=9),
+                'repetition penalty': sample(lm.model, **batch, max_new_tokens=9, temperature=0, bend=penalised)}
     assert DECODERS.keys() == expected.keys()
     for name, decode in DECODERS.items():
         assert torch.equal(decode(lm.model, **batch, max_new_tokens=9, eos_token_id=None, generator=chance()), expected[name])
+
+
+def test_a_penalty_falls_on_what_stands_there_and_on_no_filling(lm):
+    logits = torch.tensor([[2.0, -2.0, 3.0, 0.0, 1.0]]*2)
+    ids, mask = torch.tensor([[4, 0, 1], [0, 2, 2]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    found = penalised(logits, ids, mask, torch.arange(2), 2.0)
+    assert found.tolist() == [[1.0, -4.0, 3.0, 0.0, 1.0], [1.0, -2.0, 1.5, 0.0, 1.0]]
+    prompts = prompts_of(lm)
+    together = sample(lm.model, **padded(prompts), max_new_tokens=9, temperature=0, bend=penalised)
+    for row, prompt in zip(together.tolist(), prompts):
+        alone = sample(lm.model, **padded([prompt]), max_new_tokens=9, temperature=0, bend=penalised)[0].tolist()
+        assert row[-len(alone):] == alone
+    greedy = sample(lm.model, **padded(prompts), max_new_tokens=9, temperature=0)
+    assert torch.equal(greedy, sample(lm.model, **padded(prompts), max_new_tokens=9, temperature=0, bend=partial(penalised, penalty=1.0)))
+    assert not torch.equal(greedy, together)
+
+
+@torch.no_grad()
+def set_against(ids: list[int], expert, amateur, plausible: float, new: int, ends: tuple[int, ...] = ()) -> list[int]:
+    "Contrastive decoding by its definition, one text, everything read anew."
+    for _ in range(new):
+        given = dict(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+        said, known = (logits_of(model, hidden_states(model, given))[0, -1].float().log_softmax(-1) for model in (expert, amateur))
+        scores = [float(a - b) if a.exp() >= plausible*said.exp().max()*(1 - 1e-6) else -math.inf for a, b in zip(said, known)]
+        ids = [*ids, scores.index(max(scores))]
+        if ids[-1] in ends: break
+    return ids
+
+
+@pytest.mark.parametrize('keeps', [True, False])
+def test_contrastive_decoding_is_its_definition_also_when_rows_end_before_others(monkeypatch, lm, keeps, plausible=0.3):
+    expert, amateur = lm, loud(seed=1)
+    monkeypatch.setattr(decoding, 'reads_on', lambda model: {True: keeps, False: keeps})
+    prompts = prompts_of(expert)
+    wanted = [set_against(prompt, expert.model, amateur.model, plausible, 6) for prompt in prompts]
+    ends = [wanted[1][len(prompts[1]) + 2], wanted[3][len(prompts[3]) + 4]]
+    for stop in ([], ends):
+        rows = contrastive_decoding(expert.model, **padded(prompts), amateur=amateur.model, plausible=plausible, max_new_tokens=6,
+                                    eos_token_id=stop or None)
+        longest = max(map(len, prompts))
+        for row, prompt in zip(rows.tolist(), prompts):
+            alone = set_against(prompt, expert.model, amateur.model, plausible, 6, tuple(stop))
+            assert row[longest - len(prompt):][:len(alone)] == alone and {*row[longest - len(prompt) + len(alone):]} <= {*stop[:1]}
+
+
+def test_against_itself_nothing_is_left_but_what_is_plausible(lm):
+    "All plausible tokens are equal then, and the first of them is taken."
+    ids = contrastive_decoding(lm.model, **padded(prompts_of(lm)), amateur=lm.model, plausible=1.0, max_new_tokens=5)
+    assert torch.equal(ids, sample(lm.model, **padded(prompts_of(lm)), max_new_tokens=5, temperature=0))
+    decode = decoders_against(lm.model)
+    assert decode.keys() == DECODERS.keys() | {'contrastive decoding'}
+    assert decode['contrastive decoding'](lm.model, **padded(prompts_of(lm)), max_new_tokens=5, generator=None).shape == ids.shape
+
+
+@pytest.mark.parametrize('plausible', [0.0, -1.0, 1.5, float('nan')])
+def test_a_share_that_is_none_is_named(lm, plausible):
+    with pytest.raises(InputError, match=f'plausible is {plausible}; set it above 0'):
+        contrastive_decoding(lm.model, **padded(prompts_of(lm)), amateur=lm.model, plausible=plausible)
+
+
+def test_models_of_other_tokens_are_refused(lm):
+    other = tiny(['one two three'], size=300)
+    with pytest.raises(InputError, match='contrastive decoding takes two with the same'):
+        contrastive_decoding(lm.model, **padded(prompts_of(lm)), amateur=other.model)

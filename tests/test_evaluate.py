@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scilm_adapt import evaluate, generate
+from scilm_adapt.decoding import DECODERS, repetition
 from scilm_adapt.errors import InputError
 from scilm_adapt.evaluate import (
     Compared,
@@ -29,6 +30,9 @@ from scilm_adapt.evaluate import (
     seeds_table,
     signed,
     summarise,
+    title_terms,
+    writing_metrics,
+    written,
 )
 from scilm_adapt.files import read_json
 from scilm_adapt.generate import answer_bits
@@ -434,3 +438,46 @@ def test_a_run_without_general_conversations_or_teacher_says_nothing_about_them(
     assert other['models']['teacher']['agreement']['value'] == 1 and 'have different vocabularies' in capsys.readouterr().out
     alone = compare(Run(run.folder/'alone'), dict(base=models['base']), corpus, chats, **few)
     assert alone['models']['base']['agreement'] is None and 'the teacher is not here' in capsys.readouterr().out
+
+
+# --- how a model writes
+
+TITLED = [dict(id=str(n), title=title, text=text) for n, (title, text) in enumerate((
+    ('Warm bodies', 'Heat flows from warm bodies to cold ones.'), ('', 'Light is a wave, and light is a particle: both of them at once.'),
+    ('О тепле и холоде', 'Тепло переходит к холодному.')))]
+
+
+@pytest.mark.parametrize('decoder', ['greedy', 'repetition penalty'])
+def test_what_is_written_follows_title_and_first_words_and_is_asked_for_once(lm, decoder, monkeypatch):
+    subject = Subject('model', lm, dict(science=TITLED), max_new_tokens=12)
+    found = written(subject, decoder, first=3)
+    for record, answer in zip(TITLED, found):
+        whole = f"{record['title']}\n\n{record['text']}".strip()
+        ids = [document_ends(lm.tokenizer)[0], *encode(lm.tokenizer, whole)]
+        prompt = ids[:1 + len(encode(lm.tokenizer, record['title'])) + 3]
+        alone = DECODERS[decoder](lm.model, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12,
+                                  eos_token_id=document_ends(lm.tokenizer)[1])
+        assert answer['ids'] == alone[0, len(prompt):].tolist()
+    monkeypatch.setattr(evaluate, 'continuations', lambda *a: pytest.fail('written again'))
+    about = {name: metric.rows(subject) for name, metric in writing_metrics(decoder).items()}
+    assert about['rep_4'].tolist() == [[repetition(answer['ids'], 4) for answer in found], [1, 1, 1]]
+    assert about['terms'][1].tolist() == [1, 0, 2]
+
+
+def test_a_prompt_leaves_room_to_write(lm):
+    long = [dict(id='0', title='On the power of a matrix', text=TEXTS[-1])]
+    answer, = written(Subject('model', lm, dict(science=long), max_new_tokens=40), first=90)
+    assert 1 <= len(answer['ids']) <= 40
+
+
+@pytest.mark.parametrize('title, terms', [('On Heat and HEATING, heating', {'heating'}), ('Тепло и свет', {'тепло'}), ('', set()),
+                                          ('x2-rays in state_space models', {'state', 'space', 'models'})])
+def test_terms_of_a_title_are_its_longer_words_whatever_their_capitals(title, terms):
+    assert title_terms(title) == terms
+
+
+def test_terms_taken_up_again_are_whole_words(monkeypatch):
+    said = ['The HEATING of water', 'heatings and waters', '']
+    subject = Subject('model', None, dict(science=[dict(id=str(n), title='Heating of water') for n in range(3)]))
+    subject.found['written, greedy'] = [dict(ids=[1], text=text) for text in said]
+    assert writing_metrics()['terms'].rows(subject).tolist() == [[2, 0, 0], [2, 2, 2]]

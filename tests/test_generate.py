@@ -194,8 +194,9 @@ def test_a_document_ends_with_its_own_end_and_not_with_a_turn():
     assert answer.ids == ids[:ids.index(document_ends(lm.tokenizer)[1]) + 1] and answer.stopped
 
 
-@pytest.mark.parametrize('arguments, named', [(dict(decoder='beam'), "'beam'; choose one of: greedy, sampling, contrastive search"),
-                                              (dict(max_new_tokens=0), 'max_new_tokens is 0'), (dict(prompts=[[]]), 'A prompt is empty')])
+@pytest.mark.parametrize('arguments, named', [
+    (dict(decoder='beam'), "'beam'; choose one of: greedy, sampling, contrastive search, repetition penalty"),
+    (dict(max_new_tokens=0), 'max_new_tokens is 0'), (dict(prompts=[[]]), 'A prompt is empty')])
 def test_what_cannot_be_continued_is_named(lm, arguments, named):
     with pytest.raises(InputError, match=named): continuations(lm, **dict(prompts=[[5]]) | arguments)
 

@@ -10,10 +10,13 @@ from scilm_adapt.intervals import (
     _resampled_ratios,
     _verdict,
     difference_interval,
+    documents_needed,
+    holm,
     rate_difference_interval,
     rate_interval,
     ratio_interval,
     seeds_interval,
+    seeds_p_value,
 )
 
 
@@ -135,3 +138,67 @@ def test_one_seed_gives_no_interval_over_seeds():
 def test_verdicts_are_open_where_zero_is_possible():
     assert _verdict(dict(low=0.1, high=0.2)) == 'worse' and _verdict(dict(low=0.1, high=0.2), lower_is_better=False) == 'better'
     assert _verdict(dict(low=-1, high=0)) == 'open'
+
+
+# --- several questions at once
+
+def invented(seed: int, effect: float, papers: int = 60, spread: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+    "Differences [3, papers] around `effect` per byte, seeds that differ by `spread`, and sizes."
+    draw = np.random.default_rng(seed)
+    sizes = draw.lognormal(6, 0.5, papers)
+    return (effect + draw.normal(0, spread, (3, 1)) + draw.normal(0, 0.1, papers) + draw.normal(0, 0.05, (3, papers)))*sizes, sizes
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_a_p_value_below_5_percent_is_an_interval_without_zero(seed):
+    numerator, sizes = invented(seed, 0.04)
+    interval, p_value = seeds_interval(numerator, sizes), seeds_p_value(numerator, sizes)
+    assert (p_value < 0.05) == (interval['low'] > 0 or interval['high'] < 0) and 0 < p_value <= 1
+    assert seeds_p_value(-numerator, sizes) == pytest.approx(p_value)
+    assert seeds_p_value(numerator + 0.5*np.sign(numerator.sum())*sizes, sizes) < p_value
+
+
+def test_p_values_of_the_ends():
+    same = np.zeros((3, 9)), np.ones(9)
+    assert seeds_p_value(*same) == 1 and seeds_p_value(np.ones((3, 9)), np.ones(9)) == 1e-12
+    with pytest.raises(InputError, match='One seed'): seeds_p_value(np.ones((1, 9)), np.ones(9))
+
+
+def test_without_a_spread_of_seeds_the_p_value_is_that_of_a_t_test():
+    draw = np.random.default_rng(0)
+    values = draw.normal(0.1, 1, 40)
+    assert seeds_p_value(np.stack([values]*3), np.ones(40)) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-6)
+
+
+def stepwise(p_values: dict[str, float], risk: float) -> set[str]:
+    "What Holm's procedure rejects at this risk, step by step as he wrote it."
+    rejected, order = set(), sorted(p_values, key=p_values.get)
+    for number, name in enumerate(order):
+        if p_values[name] > risk/(len(order) - number): break
+        rejected.add(name)
+    return rejected
+
+
+@pytest.mark.parametrize('seed', range(30))
+def test_holm_is_the_stepwise_procedure_at_every_risk(seed):
+    draw = np.random.default_rng(seed)
+    p_values = {f'claim {n}': float(p) for n, p in enumerate(draw.random(draw.integers(1, 7))**3)}
+    corrected = holm(p_values)
+    assert [*corrected] == [*p_values] and all(corrected[name] >= p_values[name] for name in p_values)
+    for risk in (0.01, 0.05, 0.3):
+        assert {name for name, p in corrected.items() if p <= risk} == stepwise(p_values, risk)
+    assert holm({}) == {}
+
+
+def test_of_so_many_documents_the_same_mean_is_just_shown():
+    "The same documents several times over: the mean stays, and only the part of the interval for other documents shrinks."
+    tried = (invented(seed, 0.02, papers=40, spread=0.0005) for seed in range(99))
+    numerator, sizes = next(one for one in tried if (documents_needed(*one) or 0) > 400)
+    needed = documents_needed(numerator, sizes)
+    for share, shown in ((0.85, False), (1.15, True)):
+        times = round(share*needed/40)
+        found = seeds_interval(np.tile(numerator, times), np.tile(sizes, times))
+        assert (not found['low'] <= 0 <= found['high']) == shown
+    lucky, ones = np.array([[0.5]*9, [-0.4]*9, [0.1]*9]) + 0.01*np.arange(9), np.ones(9)
+    assert documents_needed(lucky, ones) is None and documents_needed(0*lucky, ones) is None
+    assert documents_needed(np.ones((3, 9)), ones) == 2

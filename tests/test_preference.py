@@ -27,7 +27,6 @@ from scilm_adapt.preference import (
     _pair_nats,
     _passage_of,
     _passages,
-    _sentence_parts,
     _shape,
     _token_nats,
     preference_accuracy,
@@ -35,6 +34,7 @@ from scilm_adapt.preference import (
     preference_loss,
     preference_part,
     prepare,
+    sentence_parts,
 )
 from scilm_adapt.runs import Run, rng
 from scilm_adapt.tokens import encode_document
@@ -44,7 +44,7 @@ SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt',
 PAPERS = [dict(id=name, title=f'On {name}', text=f'{name.capitalize()} is seen in many experiments. We measured the {name}ation of '
                f'{n + 10} samples for {n}.5 hours. The results show less {name} with every collection. Nothing was said of this before, '
                'e.g. by us.') for n, name in enumerate(SUBJECTS)]
-TEXTS = [' '.join(_sentence_parts(paper['text'])[2::2]) for paper in PAPERS]
+TEXTS = [' '.join(sentence_parts(paper['text'])[2::2]) for paper in PAPERS]
 
 
 @pytest.fixture(scope='module')
@@ -63,12 +63,12 @@ def pairs(student):
     ('One is here. Two is there.', 2), ('See e.g. The S. Smith rule. Then stop! Why? Because.', 4), ('Это первое. Это второе.', 2),
     ('Value of 3.5 and 4. 7 more', 1), ('Line one.\n\nLine two (as said). Line three.', 3), ('', 1)])
 def test_a_text_is_the_join_of_its_sentences(text, sentences):
-    assert ''.join(_sentence_parts(text)) == text and len(_sentence_parts(text)[::2]) == sentences
+    assert ''.join(sentence_parts(text)) == text and len(sentence_parts(text)[::2]) == sentences
 
 
 @given(st.text(alphabet='aB. \n1)', max_size=80))
 def test_sentences_lose_nothing(text):
-    assert ''.join(_sentence_parts(text)) == text.strip()
+    assert ''.join(sentence_parts(text)) == text.strip()
 
 
 @pytest.mark.parametrize('length', [60, 90, 160])
@@ -92,7 +92,7 @@ def test_a_title_that_the_text_repeats_is_read_once(student):
     assert _passage_of(student.tokenizer, paper | dict(text=f"{paper['title']}\n{paper['text']}"), 100) == \
         _passage_of(student.tokenizer, paper, 100)
     untitled = _passage_of(student.tokenizer, paper | dict(title=''), 100)
-    assert untitled.prompt == _sentence_parts(paper['text'])[0] and untitled.gap == ' '
+    assert untitled.prompt == sentence_parts(paper['text'])[0] and untitled.gap == ' '
 
 
 def test_of_a_very_long_paper_only_the_beginning_is_tokenised(student, monkeypatch):
@@ -122,7 +122,7 @@ def test_what_cannot_be_spoilt_is_left_alone(name):
 def test_each_corruption_changes_what_it_names_and_nothing_else(seed):
     text, others = TEXTS[3], TEXTS[:3] + TEXTS[4:]
     spoilt = {name: corrupt(text, others, rng(seed)) for name, corrupt in CORRUPTIONS.items()}
-    assert sorted(_sentence_parts(spoilt['sentences'])) == sorted(_sentence_parts(text))
+    assert sorted(sentence_parts(spoilt['sentences'])) == sorted(sentence_parts(text))
     assert _NUMBER.sub('#', spoilt['numbers']) == _NUMBER.sub('#', text)
     assert all(a != b and _shape(a) == _shape(b) for a, b in zip(_NUMBER.findall(spoilt['numbers']), _NUMBER.findall(text)))
     assert _TERM.sub('#', spoilt['terms']) == _TERM.sub('#', text)
