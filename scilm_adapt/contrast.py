@@ -104,7 +104,7 @@ def _records_at(packed: Sequence[Packed], records: Sequence[Sequence[dict]], rec
 
 # %% ../nbs/30_contrast.ipynb #85673e59
 def chained(tokens: Tokens, joined: np.ndarray, most: int, length: int, share: float = USEFUL) -> tuple[Packed, np.ndarray]:
-    """Rows of chains of at most `most` papers, out of `tokens` in the order in which they are read, and where chains begin in it [chains + 1].
+    """Rows of chains of at most `most` papers, out of `tokens` in the order of reading, and where chains begin in it [chains + 1].
 
     Each paper sees those before it in its chain; `joined` [papers] says which belong to the one before it, see `related.chain_starts`.
     """

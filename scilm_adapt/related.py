@@ -20,8 +20,8 @@ from scipy import sparse
 
 from .duplicates import fingerprint, words
 from .errors import InputError, progress_bar, say
-from .files import read_json, write_json
-from .papers import Corpus, Records, document, open_papers, read
+from .files import write_json
+from .papers import Corpus, document, open_papers, read
 from .runs import Run, rng, stage
 
 # %% ../nbs/16_related.ipynb #rel00011
@@ -29,14 +29,16 @@ _BEGINNING = 4000  # characters of a paper that stand for it
 
 
 def brief(record: dict) -> str:
-    "What stands for a paper beside others: its title and its abstract (the beginning of all of it, if it has none), not more than a page."
+    "What stands for a paper beside others: its title and its abstract (the beginning of it, if it has none), not more than a page."
     text = '\n\n'.join(filter(None, (record['title'], record['text']))) if record['text'] else document(record)
     return text[:_BEGINNING]
 
 # %% ../nbs/16_related.ipynb #rel00014
 _WORDS, _COMMON = 2**20, 500  # places for words; in a small collection no word is too common
-_ASKING = frozenset('а без был бы в во вот где да для до если же за и из или их к как какая какие какое какой когда кто ли между мне можно мы на '
-                    'над не но о об он она они от по под почему при про расскажи с со так такое то у чего чем что чтобы это я'.split())
+_ASKING = frozenset('а без был бы в во вот где да для до если же за и из или их к как какая какие какое какой когда кто ли между мне '
+                    'можно мы на над не но об о он она они от по под почему при про расскажи с со так такое то у чего чем что '
+                    'чтобы это я'.split())
+
 
 
 def telling(text: str) -> list[str]:
@@ -120,7 +122,8 @@ def write_index(folder: str | Path, texts: Iterable[str]) -> None:
 def _mapped(folder: Path, rows: str, columns: str, width: int, mode: str = 'r') -> sparse.csr_matrix:
     "A matrix out of files, mapped into memory; without a copy as long as all its whole numbers have 32 bits."
     starts = np.load(folder/f'{rows}-starts.npy')
-    places, weights = (np.memmap(folder/f'{rows}-{name}.bin', kind, mode) for name, kind in ((columns, np.int32), ('weights', np.float32)))
+    places, weights = (np.memmap(folder/f'{rows}-{name}.bin', kind, mode)
+                       for name, kind in ((columns, np.int32), ('weights', np.float32)))
     return sparse.csr_matrix((weights[:starts[-1]], places[:starts[-1]], starts), (len(starts) - 1, width), copy=False)
 
 # %% ../nbs/16_related.ipynb #rel00005
@@ -202,7 +205,8 @@ def prepare(run: Run, corpus: Corpus) -> Library:
     records = corpus.science['train']
     def make(folder: Path) -> None:
         say(f'related: an index of {len(records):,} training papers')
-        held_out, left_out = {fingerprint(brief(record)) for part in ('valid', 'test') for record in corpus.science[part]}, 0
+        held_out = {fingerprint(brief(record)) for part, some in corpus.science.items() if part != 'train' for record in some}
+        left_out = 0
         def texts() -> Iterator[str]:
             nonlocal left_out
             for record in progress_bar(records, 'indexing', 'paper'):
@@ -228,7 +232,7 @@ def neighbours(library: Library, number: int = _NEIGHBOURS) -> tuple[np.ndarray,
 
 
 def walk(near: np.ndarray, cosines: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """All papers in the order of a walk over nearest unread neighbours, and whether each is a neighbour of the one before it: [papers] both.
+    """All papers in the order of a walk over nearest unread neighbours, and whether each is near to the one before it: [papers] both.
 
     `near` and `cosines` [papers, number] are those of `neighbours`; arXiv:2310.10638, algorithm 1. `seed` decides between equal beginnings.
     """
@@ -278,7 +282,7 @@ def chain_starts(joined: np.ndarray, sizes: np.ndarray, most: int, room: int) ->
     """
     starts, papers, tokens = [], 0, 0
     for place, (near, size) in enumerate(zip(joined.tolist(), np.asarray(sizes).tolist())):
-        if near and papers < most and tokens + size <= room: papers, tokens = papers + 1, tokens + size
+        if starts and near and papers < most and tokens + size <= room: papers, tokens = papers + 1, tokens + size
         else:
             starts.append(place)
             papers, tokens = 1, size

@@ -4,14 +4,17 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import descent, of_family, reader
 
 from scilm_adapt import contrast, recipe
 from scilm_adapt.checkpoints import Checkpoints
-from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss, batch_maker, contrast_loss, mixed_rows, train
+from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss, batch_maker, chained, contrast_loss, mixed_rows, train
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
@@ -20,7 +23,7 @@ from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import batch_rows, documents_in, encode_document, pack
+from scilm_adapt.tokens import Tokens, batch_rows, document_ends, documents_in, encode_document, pack, read_tokens
 from scilm_adapt.training import document_nats, fit, lm_loss, target_states
 
 SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt', 'iron', 'water', 'glass', 'copper', 'helium')
@@ -305,6 +308,95 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
     assert not {'pairs', 'token', 'preference', 'anchor'} & row.keys() and row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
 
 
+def laid_out(documents: list[list[int]]) -> Tokens:
+    return Tokens(np.concatenate(documents).astype(np.int32), np.cumsum([0, *map(len, documents)]))
+
+
+def two_chains(tokenizer: object) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    "A row with a chain of three papers and one of two, and the places of each paper in it."
+    papers = [encode_document(tokenizer, document(paper))[:size] for paper, size in zip(PAPERS, (9, 7, 8, 10, 6))]
+    packed, starts = chained(laid_out(papers), np.array([0, 1, 1, 0, 1], bool), most=5, length=44, share=0)
+    assert len(packed) == 1 and starts.tolist() == [0, 3, 5]
+    ends = np.cumsum([0, *map(len, papers)])
+    return packed.batch([0]), [list(range(*some)) for some in zip(ends, ends[1:])]
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen3', 'mistral', 'mamba', 'bloom'])
+def test_a_paper_sees_those_before_it_in_its_chain_and_nothing_of_another_chain(student, family):
+    lm = of_family(family, student.tokenizer, **(dict(sliding_window=64) if family == 'mistral' else {}))
+    batch, places = two_chains(lm.tokenizer)
+    def logits(ids):
+        with torch.no_grad(): return logits_of(lm.model, hidden_states(lm.model, batch | dict(input_ids=ids)))[0]
+    before, chain = logits(batch['input_ids']), [0, 0, 0, 1, 1]
+    for changed in range(5):
+        ids = batch['input_ids'].clone()
+        ids[0, places[changed][3]] = (ids[0, places[changed][3]] + 1) % len(lm.tokenizer)
+        apart = (logits(ids) - before).abs().amax(-1)
+        for other in range(5):
+            seen = chain[other] == chain[changed] and other >= changed
+            assert (apart[places[other]].max() > 1e-6) == seen, (changed, other)
+            if not seen: assert apart[places[other]].max() < 1e-12
+
+
+def test_in_a_chain_every_token_is_learnt_but_those_that_start_papers(student):
+    batch, places = two_chains(student.tokenizer)
+    unlearnt = {paper[0] for paper in places}
+    real = {place for paper in places for place in paper}
+    assert set(batch['loss_mask'][0].nonzero()[:, 0].tolist()) == real - unlearnt and int(batch['count']) == len(real) - 5
+    assert batch['position_ids'][0, places[2][-1]] == 23 and batch['position_ids'][0, places[3][0]] == 0
+    assert {int(batch['input_ids'][0, paper[0]]) for paper in places} == {document_ends(student.tokenizer)[0]}
+
+
+@given(some.lists(some.tuples(some.booleans(), some.integers(1, 40)), min_size=3, max_size=40), some.integers(1, 5))
+def test_chains_read_every_token_once(papers, most):
+    joined, sizes = zip(*papers)
+    documents = [[n, *range(1000*n + 1, 1000*n + size)] for n, size in enumerate(sizes, 1)]
+    if max(sizes) < 2: return
+    packed, starts = chained(laid_out(documents), np.array(joined), most, length=24)
+    learnt = packed.input_ids[packed.loss_mask]
+    assert sorted(learnt.tolist()) == sorted(token for ids in documents for token in ids[1:])
+    for row, segments in zip(packed.input_ids, packed.segments):
+        for segment in range(1, segments.max() + 1):
+            owners = {int(token)//1000 or int(token) for token in row[segments == segment]}
+            assert len(owners) <= most and any(owners <= {*range(a + 1, b + 1)} for a, b in zip(starts, starts[1:]))
+
+
+def test_without_chains_stage_1_reads_what_it_read(tmp_path, corpus, student, monkeypatch):
+    "chain=1 asks for no index, and its rows are those of papers that stand alone."
+    seen = []
+    monkeypatch.setattr(contrast, 'reading_order', None)  # would fail
+    monkeypatch.setattr(contrast, 'batch_maker', lambda packed, *more: seen.append(packed) or batch_maker(packed, *more))
+    train(Run(tmp_path/'run'), student, corpus, **SETTINGS)
+    plain = pack(read_tokens(tmp_path/'run'/'tokens'), SETTINGS['context'], share=contrast.USEFUL)
+    for name, values in plain.whole.items(): assert np.array_equal(values, seen[0].whole[name])
+    assert not (tmp_path/'run'/'related').exists() and not (tmp_path/'run'/'chained-tokens').exists()
+
+
+@pytest.mark.parametrize('order', ['related', 'random'])
+def test_stage_1_reads_chains_and_goes_on_where_it_stopped(tmp_path, mixed, student, monkeypatch, order):
+    settings = SETTINGS | dict(chain=3, chain_order=order, replay_share=0.25, context=64, steps=4)
+    whole = train(Run(tmp_path/'whole'), student, mixed, **settings)
+    assert (tmp_path/'whole'/'chained-tokens'/'manifest.json').is_file() and not (tmp_path/'whole'/'tokens').exists()
+    assert (tmp_path/'whole'/'related').is_dir() == (order == 'related')
+    stops = []
+    def stopping(self, *arguments):
+        save(self, *arguments)
+        if not stops: stops.append(1); raise KeyboardInterrupt
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, 'due', lambda self, step: True)
+    monkeypatch.setattr(Checkpoints, 'save', stopping)
+    with pytest.raises(KeyboardInterrupt): train(Run(tmp_path/'parted'), student, mixed, **settings)
+    again = train(Run(tmp_path/'parted'), student, mixed, **settings)
+    assert stops and weights_hash(again.model) == weights_hash(whole.model) != weights_hash(student.model)
+
+
+def test_the_papers_of_a_chain_are_named_in_an_error(tmp_path, corpus, student, monkeypatch):
+    monkeypatch.setattr(contrast, 'contrast_loss', lambda *_: lambda model, batch: dict(loss=hidden_states(model, batch).sum()*math.nan))
+    with pytest.raises(FloatingPointError) as error:
+        train(Run(tmp_path/'run'), student, corpus, **SETTINGS | dict(chain=3, pairs_weight=0.0, context=64))
+    assert sum(name in str(error.value) for name in SUBJECTS) > 2
+
+
 @pytest.mark.parametrize('common, weight', [(0.0, 0.0), (3.0, 1.0)])
 def test_the_weight_of_token_contrast_follows_the_probe(tmp_path, corpus, student, capsys, common, weight):
     student = replace(student, model=copy.deepcopy(student.model))
@@ -358,6 +450,8 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(anchor_decay=0.0), r'anchor_decay is 0.0.*above 0 and up to 1'),
     (dict(anchor_decay=1.01), r'anchor_decay is 1.01'),
     (dict(margin=0.0), r'margin is 0.0'),
+    (dict(chain=0), r'chain is 0.*1 for each alone'),
+    (dict(chain_order='relatd'), r"chain_order is 'relatd'.*mean 'related'.*random"),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
     (dict(pairs=Pairs(batch=1)), r'batch=1.*at least 2'),
     (dict(trackers='tensorbord'), r"trackers names 'tensorbord'"),
