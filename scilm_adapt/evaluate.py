@@ -254,10 +254,12 @@ def _leaves_room(lm: LanguageModel, chat: dict, max_new_tokens: int) -> bool:
 def related_items(records: Iterable[dict], library: Library, number: int, most: int) -> list[dict]:
     """The first `most` of these papers with title and text: 'id', 'title', 'text' and, found by the title, at most `number` 'papers'.
 
-    None of these repeats the paper; it is not even looked at what is held out, since the library has none of it (see `related.prepare`).
+    None of these repeats the paper, and none is held out, since the library has none of that (see `related.prepare`). InputError if no
+    paper has both.
     """
     texts = ((record, brief(record | dict(title='')).strip()) for record in records if record['title'].strip())
     items = [dict(id=record['id'], title=record['title'], text=text) for record, text in islice((one for one in texts if one[1]), most)]
+    if not items: raise InputError('No test paper has a title and a text, so none can be searched by; name the fields, or set related to 0.')
     found = library.related([item['title'] for item in items], number, [f"{item['title']}\n\n{item['text']}" for item in items])
     return [item | dict(papers=papers) for item, papers in zip(items, found)]
 
