@@ -259,7 +259,8 @@ def related_items(records: Iterable[dict], library: Library, number: int, most: 
     """
     texts = ((record, brief(record | dict(title='')).strip()) for record in records if record['title'].strip())
     items = [dict(id=record['id'], title=record['title'], text=text) for record, text in islice((one for one in texts if one[1]), most)]
-    if not items: raise InputError('No test paper has a title and a text, so none can be searched by; name the fields, or set related to 0.')
+    if not items:
+        raise InputError('No test paper has a title and a text, so none is found by titles; name the fields, or set related to 0.')
     found = library.related([item['title'] for item in items], number, [f"{item['title']}\n\n{item['text']}" for item in items])
     return [item | dict(papers=papers) for item, papers in zip(items, found)]
 
