@@ -7,9 +7,11 @@ __all__ = ['Recipe', 'mixed_rows', 'chained', 'anchor_loss', 'contrast_loss', 'b
 
 # %% ../nbs/30_contrast.ipynb #82df0bb8
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 
 from . import preference as preferences
 from . import recipe as recipes
-from .errors import InputError, nearest, say
+from .errors import InputError, nearest, progress_bar, say
 from .files import write_json
 from .geometry import check_margin, probe, token_contrast, token_pairs, token_weight, weight_reason
 from .models import LanguageModel, check_memory, hidden_states, logits_of
@@ -29,8 +31,22 @@ from .papers import Corpus, document
 from .preference import Pair, Preference, check_preference, preference_batch, preference_part
 from .recipe import Task, recipe_of, train_stage
 from .related import chain_starts, orders, reading_order
-from .runs import Run
-from .tokens import USEFUL, Packed, Tokens, batch_rows, documents_in, pack, store_tokens
+from .runs import Run, stage
+from scilm_adapt.tokens import (
+    USEFUL,
+    Packed,
+    Tokens,
+    batch_rows,
+    document_ends,
+    documents_in,
+    encode,
+    encode_stream,
+    pack,
+    read_tokens,
+    reading_of,
+    store_tokens,
+    write_tokens,
+)
 from .training import exact, lm_loss, target_states
 
 # %% ../nbs/30_contrast.ipynb #6d09d94d
@@ -103,16 +119,15 @@ def _records_at(packed: Sequence[Packed], records: Sequence[Sequence[dict]], rec
     return [str(some[number]['id']) for some, numbers in zip(records, read) for number in numbers]
 
 # %% ../nbs/30_contrast.ipynb #85673e59
-def chained(tokens: Tokens, joined: np.ndarray, most: int, length: int, share: float = USEFUL) -> tuple[Packed, np.ndarray]:
-    """Rows of chains of at most `most` papers, out of `tokens` in the order of reading, and where chains begin in it [chains + 1].
+def chained(papers: Tokens, starts: np.ndarray, tokenizer: object) -> Iterator[list[int]]:
+    """Token ids of chains as whole documents: start, the contents of its papers with blank lines between, end.
 
-    Each paper sees those before it in its chain; `joined` [papers] says which belong to the one before it, see `related.chain_starts`.
+    `papers` are contents in the order of reading, chain c those from `starts[c]` to `starts[c + 1]`, see `related.chain_starts`.
     """
-    starts = chain_starts(joined, np.diff(tokens.starts), most, length)
-    packed = pack(Tokens(tokens.ids, tokens.starts[starts]), length, share=share)
-    learnt = np.ones(len(tokens.ids), bool)
-    learnt[tokens.starts[:-1][np.diff(tokens.starts) > 0]] = False  # the token that starts a paper
-    return replace(packed, token_loss_mask=learnt), starts
+    (first, last), between = document_ends(tokenizer), encode(tokenizer, '\n\n')
+    for begin, end in pairwise(starts.tolist()):
+        contents = [papers.ids[papers.starts[n]:papers.starts[n + 1]].tolist() for n in range(begin, end)]
+        yield [first, *contents[0], *(i for content in contents[1:] for i in (*between, *content)), last]
 
 
 @dataclass(frozen=True)
@@ -127,11 +142,19 @@ class _Chains:
 
 
 def _chained_rows(run: Run, recipe: Recipe, tokenizer: object, corpus: Corpus, papers: Sequence[dict]) -> tuple[Packed, _Chains]:
-    "The rows of the papers in chains, and what stands for these in an error."
-    order, joined, folder = reading_order(run, corpus, recipe.chain_order, recipe.seed)
-    texts = (document(papers[int(number)]) for number in order)
-    packed, starts = chained(store_tokens(run, 'chained-tokens', texts, tokenizer, [folder]), joined, recipe.chain, recipe.context)
-    return packed, _Chains(papers, order, starts)
+    "The rows of the papers in chains, whose tokens are the stage 'chained-tokens', and what stands for these in an error."
+    order, joined, parent = reading_order(run, corpus, recipe.chain_order, recipe.seed)
+    vocabulary, between = 1 + max(tokenizer.get_vocab().values()), len(encode(tokenizer, '\n\n'))
+    def make(folder: Path) -> None:
+        texts = (document(papers[int(number)]) for number in progress_bar(order, 'tokenising', 'text'))
+        with tempfile.TemporaryDirectory() as aside:
+            write_tokens(aside, encode_stream(tokenizer, texts), vocabulary)
+            contents = read_tokens(aside)
+            starts = chain_starts(joined, np.diff(contents.starts) + between, recipe.chain, recipe.context - 2 + between)
+            write_tokens(folder, chained(contents, starts, tokenizer), vocabulary)
+        np.save(folder/'chains.npy', starts)
+    folder = stage(run, 'chained-tokens', dict(reading=reading_of(tokenizer), chain=recipe.chain, context=recipe.context), make, [parent])
+    return pack(read_tokens(folder), recipe.context, share=USEFUL), _Chains(papers, order, np.load(folder/'chains.npy'))
 
 # %% ../nbs/30_contrast.ipynb #7c825ede
 _AT_ONCE = 2**23  # numbers of logits to hold at once, 32 MiB for each model

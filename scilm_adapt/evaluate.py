@@ -74,10 +74,10 @@ def _bits_after_title(related: bool, subject: Subject) -> tuple[np.ndarray, np.n
     start, documents, masks, parts = document_ends(subject.lm.tokenizer)[0], [], [], subject.items['related']
     for item in parts:
         title, text = (encode(subject.lm.tokenizer, part) for part in (f"{item['title']}\n\n", item['text']))
-        own = [start, *title, *text]
-        before = preceding(subject.lm.tokenizer, item['papers'], subject.reach - len(own)) if related else []
-        documents.append(before + own)
-        masks.append([0]*(len(before) + 1 + len(title)) + [1]*len(text))
+        room = subject.reach - 1 - len(title) - len(text)
+        before = [start, *(preceding(subject.lm.tokenizer, item['papers'], room) if related else ()), *title]
+        documents.append(before + text)
+        masks.append([0]*len(before) + [1]*len(text))
     nats = document_nats(subject.lm, documents, masks, context=subject.reach,
                          description=f'{subject.name}: {"related papers, then " if related else ""}title and text')
     return nats, utf8_sizes(item['text'] for item in parts)*math.log(2)

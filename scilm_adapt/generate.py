@@ -20,7 +20,7 @@ from .errors import InputError, progress_bar
 from .models import LanguageModel, logits_of
 from .related import Library, brief
 from .runs import rng
-from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, encode_documents, end_of_turn, pad, render
+from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, encode_stream, end_of_turn, pad, render
 from .training import document_nats, utf8_sizes
 
 # %% ../nbs/25_generate.ipynb #e55412cd
@@ -276,12 +276,12 @@ _WORTH = 16  # tokens below which the beginning of a paper is not worth showing
 
 
 def preceding(tokenizer, papers: Sequence[dict], room: int) -> list[int]:
-    "Token ids of `papers`, nearest first, as documents of which the nearest comes last: at most `room`, what is farthest cut or left out."
-    found = []
-    for ids in encode_documents(tokenizer, map(brief, papers)):
-        left = room - len(found)
+    "Token ids of `papers`, nearest first, the nearest last and each with a blank line after it: at most `room`, the farthest gives way."
+    found, between = [], encode(tokenizer, '\n\n')
+    for ids in encode_stream(tokenizer, map(brief, papers)):
+        left = room - len(found) - len(between)
         if left < min(_WORTH, len(ids)): break
-        found = [*(ids if len(ids) <= left else [*ids[:left - 1], ids[-1]]), *found]
+        found = [*ids[:left], *between, *found]
     return found
 
 

@@ -537,10 +537,10 @@ class Packed:
     documents = property(lambda self: self.whole['documents'])
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        "The rows as tensors [len(rows), length], with `count`, the number of loss tokens in them (a float scalar, at least 1)."
+        "The rows as tensors [len(rows), length], with `count`, the number of loss tokens in them (a float scalar)."
         arrays = self.arrays(rows)
         batch = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in ('input_ids', 'position_ids', 'segments', 'loss_mask')}
-        return batch | dict(loss_mask=batch['loss_mask'].bool(), count=batch['loss_mask'].sum().float().clamp(min=1))
+        return batch | dict(loss_mask=batch['loss_mask'].bool(), count=batch['loss_mask'].sum().float())
 
 
 def runs(lengths: np.ndarray) -> np.ndarray:

@@ -3,12 +3,11 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as some
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import descent, of_family, reader
 
@@ -23,13 +22,15 @@ from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import Tokens, batch_rows, document_ends, documents_in, encode_document, pack, read_tokens
+from scilm_adapt.tokens import Tokens, batch_rows, document_ends, documents_in, encode, encode_document, pack, read_tokens
 from scilm_adapt.training import document_nats, fit, lm_loss, target_states
 
 SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt', 'iron', 'water', 'glass', 'copper', 'helium')
 PAPERS = [dict(id=name, title=f'On {name}', text=f'We study {name} in {number} experiments. The {name} was measured.')
           for number, name in enumerate(SUBJECTS)]
 SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, pairs_weight=0.1, pairs=Pairs(batch=4))
+TOGETHER = [dict(id=one, title=f'On {one} and {other}', text=f'We study {one} with {other} in {number} experiments.')
+            for number, (one, other) in enumerate(zip(SUBJECTS, SUBJECTS[1:] + SUBJECTS[:1]))]  # a ring of neighbours
 GENERAL = [dict(id=f'{name} by the sea', title=f'The {name}', text=f'A {name} лежал у моря, and nobody asked what the {name} was.')
            for name in ('lamp', 'дом', 'boat', 'letter', 'garden')]
 PREFERRED = [Pair(str(n), 'paper', [1, 5, 6 + n], [7, 8, 9 + n, 10], [8, 7, 20 + n, 4]) for n in range(6)]
@@ -49,6 +50,11 @@ def mixed(corpus) -> Corpus:
 @pytest.fixture(scope='module')
 def student():
     return reader(PAPERS)
+
+
+@pytest.fixture
+def linked(mixed) -> Corpus:
+    return replace(mixed, science=mixed.science | dict(train=TOGETHER))
 
 
 def packed_papers(student, length: int = 32, papers: list[dict] = PAPERS):
@@ -314,11 +320,18 @@ def laid_out(documents: list[list[int]]) -> Tokens:
 
 def two_chains(tokenizer: object) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
     "A row with a chain of three papers and one of two, and the places of each paper in it."
-    papers = [encode_document(tokenizer, document(paper))[:size] for paper, size in zip(PAPERS, (9, 7, 8, 10, 6))]
-    packed, starts = chained(laid_out(papers), np.array([0, 1, 1, 0, 1], bool), most=5, length=44, share=0)
-    assert len(packed) == 1 and starts.tolist() == [0, 3, 5]
-    ends = np.cumsum([0, *map(len, papers)])
-    return packed.batch([0]), [list(range(*some)) for some in zip(ends, ends[1:])]
+    papers = [encode(tokenizer, document(paper))[:size] for paper, size in zip(PAPERS, (9, 7, 8, 10, 6))]
+    one, other = chained(laid_out(papers), np.array([0, 3, 5]), tokenizer)
+    (start, end), between = document_ends(tokenizer), encode(tokenizer, '\n\n')
+    assert one == [start, *papers[0], *between, *papers[1], *between, *papers[2], end]
+    assert other == [start, *papers[3], *between, *papers[4], end]
+    packed, places, at = pack([one, other], length=64), [], 1
+    for number, paper in enumerate(papers):
+        places.append([*range(at, at + len(paper))])
+        at += len(paper) + (2 if number == 2 else len(between))
+    batch = packed.batch([0])
+    assert len(packed) == 1 and [batch['input_ids'][0, some].tolist() for some in places] == papers
+    return batch, places
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen3', 'mistral', 'mamba', 'bloom'])
@@ -338,27 +351,26 @@ def test_a_paper_sees_those_before_it_in_its_chain_and_nothing_of_another_chain(
             if not seen: assert apart[places[other]].max() < 1e-12
 
 
-def test_in_a_chain_every_token_is_learnt_but_those_that_start_papers(student):
+def test_a_chain_is_one_document_of_which_all_but_the_start_is_learnt(student):
     batch, places = two_chains(student.tokenizer)
-    unlearnt = {paper[0] for paper in places}
-    real = {place for paper in places for place in paper}
-    assert set(batch['loss_mask'][0].nonzero()[:, 0].tolist()) == real - unlearnt and int(batch['count']) == len(real) - 5
-    assert batch['position_ids'][0, places[2][-1]] == 23 and batch['position_ids'][0, places[3][0]] == 0
-    assert {int(batch['input_ids'][0, paper[0]]) for paper in places} == {document_ends(student.tokenizer)[0]}
+    starts, real = (batch['position_ids'][0] == 0).nonzero()[:, 0].tolist(), int((batch['segments'] > 0).sum())
+    assert starts[:2] == [0, places[2][-1] + 2] and int(batch['count']) == real - 2
+    assert not batch['loss_mask'][0, starts[:2]].any()
 
 
-@given(some.lists(some.tuples(some.booleans(), some.integers(1, 40)), min_size=3, max_size=40), some.integers(1, 5))
-def test_chains_read_every_token_once(papers, most):
-    joined, sizes = zip(*papers)
-    documents = [[n, *range(1000*n + 1, 1000*n + size)] for n, size in enumerate(sizes, 1)]
-    if max(sizes) < 2: return
-    packed, starts = chained(laid_out(documents), np.array(joined), most, length=24)
+@pytest.mark.parametrize(('most', 'context'), [(5, 200), (2, 200), (5, 80), (3, 12)])
+def test_chains_read_every_paper_once_and_fit_where_a_paper_does(tmp_path, linked, student, most, context):
+    recipe, tokenizer = Recipe(chain=most, context=context), student.tokenizer
+    packed, named = contrast._chained_rows(Run(tmp_path/'run'), recipe, tokenizer, linked, TOGETHER)
+    read = [packed.tokens.ids[a:b].tolist() for a, b in pairwise(packed.tokens.starts)]
+    sizes = np.diff(named.starts)
+    assert sizes.max() <= most and (sizes.max() > 1) == (context > 30) and sorted(named.order.tolist()) == [*range(12)]
+    for number, (ids, (begin, end)) in enumerate(zip(read, pairwise(named.starts), strict=True)):
+        papers = [TOGETHER[n] for n in named.order[begin:end]]
+        assert tokenizer.decode(ids[1:-1]) == '\n\n'.join(map(document, papers)) and (len(ids) <= context or len(papers) == 1)
+        assert named[number]['id'] == ', '.join(paper['id'] for paper in papers)
     learnt = packed.input_ids[packed.loss_mask]
-    assert sorted(learnt.tolist()) == sorted(token for ids in documents for token in ids[1:])
-    for row, segments in zip(packed.input_ids, packed.segments):
-        for segment in range(1, segments.max() + 1):
-            owners = {int(token)//1000 or int(token) for token in row[segments == segment]}
-            assert len(owners) <= most and any(owners <= {*range(a + 1, b + 1)} for a, b in zip(starts, starts[1:]))
+    assert sorted(learnt.tolist()) == sorted(token for ids in read for token in ids[1:])
 
 
 def test_without_chains_stage_1_reads_what_it_read(tmp_path, corpus, student, monkeypatch):
@@ -373,9 +385,11 @@ def test_without_chains_stage_1_reads_what_it_read(tmp_path, corpus, student, mo
 
 
 @pytest.mark.parametrize('order', ['related', 'random'])
-def test_stage_1_reads_chains_and_goes_on_where_it_stopped(tmp_path, mixed, student, monkeypatch, order):
-    settings = SETTINGS | dict(chain=3, chain_order=order, replay_share=0.25, context=64, steps=4)
-    whole = train(Run(tmp_path/'whole'), student, mixed, **settings)
+def test_stage_1_reads_chains_and_goes_on_where_it_stopped(tmp_path, linked, monkeypatch, order):
+    settings = SETTINGS | dict(chain=3, chain_order=order, replay_share=0.25, context=160, steps=4)
+    student = reader(PAPERS, context=160)
+    whole = train(Run(tmp_path/'whole'), student, linked, **settings)
+    assert len(read_tokens(tmp_path/'whole'/'chained-tokens')) < len(PAPERS)/2
     assert (tmp_path/'whole'/'chained-tokens'/'manifest.json').is_file() and not (tmp_path/'whole'/'tokens').exists()
     assert (tmp_path/'whole'/'related').is_dir() == (order == 'related')
     stops = []
@@ -385,16 +399,16 @@ def test_stage_1_reads_chains_and_goes_on_where_it_stopped(tmp_path, mixed, stud
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, 'due', lambda self, step: True)
     monkeypatch.setattr(Checkpoints, 'save', stopping)
-    with pytest.raises(KeyboardInterrupt): train(Run(tmp_path/'parted'), student, mixed, **settings)
-    again = train(Run(tmp_path/'parted'), student, mixed, **settings)
+    with pytest.raises(KeyboardInterrupt): train(Run(tmp_path/'parted'), student, linked, **settings)
+    again = train(Run(tmp_path/'parted'), student, linked, **settings)
     assert stops and weights_hash(again.model) == weights_hash(whole.model) != weights_hash(student.model)
 
 
-def test_the_papers_of_a_chain_are_named_in_an_error(tmp_path, corpus, student, monkeypatch):
+def test_the_papers_of_a_chain_are_named_in_an_error(tmp_path, linked, student, monkeypatch):
     monkeypatch.setattr(contrast, 'contrast_loss', lambda *_: lambda model, batch: dict(loss=hidden_states(model, batch).sum()*math.nan))
     with pytest.raises(FloatingPointError) as error:
-        train(Run(tmp_path/'run'), student, corpus, **SETTINGS | dict(chain=3, pairs_weight=0.0, context=64))
-    assert sum(name in str(error.value) for name in SUBJECTS) > 2
+        train(Run(tmp_path/'run'), reader(PAPERS, context=160), linked, **SETTINGS | dict(chain=3, pairs_weight=0.0, context=160))
+    assert sum(name in str(error.value) for name in SUBJECTS) > 4
 
 
 @pytest.mark.parametrize('common, weight', [(0.0, 0.0), (3.0, 1.0)])

@@ -40,7 +40,7 @@ from scilm_adapt.models import LanguageModel, build, save, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.related import brief, prepare
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import document_ends, encode, encode_chat, encode_document, pack
+from scilm_adapt.tokens import document_ends, encode, encode_chat, pack
 
 TEXTS = ['Heat flows from warm bodies to cold ones.', 'Light is a wave, and light is a particle: both of them at once.',
          'Тепло переходит к холодному.', 'A token <|im_end|> in a text is content.', 'x',
@@ -465,13 +465,13 @@ def test_related_papers_stand_before_the_title_as_far_as_they_fit(titled, reach)
     start, cut = document_ends(lm.tokenizer)[0], LanguageModel(lm.model, lm.tokenizer, 'plain')
     for n, item in enumerate(items):
         title, text = encode(lm.tokenizer, item['title'] + '\n\n'), encode(lm.tokenizer, item['text'])
-        own, before = [start, *title, *text], []
+        own, before, blank = [*title, *text], [], encode(lm.tokenizer, '\n\n')
         for paper in item['papers']:  # the nearest is laid first, and whatever comes further stands before it
-            ids, left = encode_document(lm.tokenizer, brief(paper)), reach - len(own) - len(before)
+            ids, left = encode(lm.tokenizer, brief(paper)), reach - 1 - len(own) - len(before) - len(blank)
             if left < min(16, len(ids)): break
-            before = (ids if len(ids) <= left else ids[:left - 1] + ids[-1:]) + before
-        assert len(before + own) <= max(reach, len(own)) and (before or reach == 40)
-        for name, ids in dict(titled_bpb=own, related_bpb=before + own).items():
+            before = ids[:left] + blank + before
+        assert len(before + own) < max(reach, len(own) + 1) and (before or reach == 40)
+        for name, ids in dict(titled_bpb=[start, *own], related_bpb=[start, *before, *own]).items():
             if len(ids) > reach: continue  # read in windows, as others are
             expected = plain_nats(cut, ids, range(len(ids) - len(text), len(ids)))
             assert found[name][:, n] == pytest.approx([expected, math.log(2)*len(item['text'].encode())], rel=TOLERANCE)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from common import WARM, Peak, in_turns, main, open_model, prepare, summary, trl_settings, trl_step
 
-from scilm_adapt.contrast import Recipe, batch_maker, chained, contrast_loss
+from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss
 from scilm_adapt.decoding import contrastive_search, sample
 from scilm_adapt.files import read_json
 from scilm_adapt.pairs import pair_batch, pair_loss
-from scilm_adapt.tokens import USEFUL, Packed, Tokens, pack
+from scilm_adapt.related import chain_starts
+from scilm_adapt.tokens import USEFUL, Packed, pack
 from scilm_adapt.training import fit
 
 # Documents have (mean, deviation) tokens: so have 58,000 abstracts of arXiv in computer science, with their titles. TRL's own default is
@@ -161,9 +163,9 @@ def token(folder: Path, ways: list[str], rounds: int = 5) -> dict:
 def chains(folder: Path, rounds: int = 5) -> dict:
     "Steps of one training that read the same documents 'alone' and in 'chains' of some 'papers' each, in turn: 'seconds' a learnt token."
     recipe, ids = reading(folder), documents(folder)
-    laid_out = Tokens(np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]))
-    rows, starts = chained(laid_out, np.ones(len(ids), bool), 5, recipe.context)
-    packed = dict(alone=pack(laid_out, recipe.context, share=USEFUL), chains=rows)
+    starts = chain_starts(np.ones(len(ids), bool), [*map(len, ids)], 5, recipe.context)
+    chains = [[token for number in range(*both) for token in ids[number]] for both in pairwise(starts)]
+    packed = dict(alone=pack(ids, recipe.context, share=USEFUL), chains=pack(chains, recipe.context, share=USEFUL))
     makers, marks, counts = {way: batch_maker(rows, recipe) for way, rows in packed.items()}, [], []
     turns = [way for number in range(WARM + rounds) for way in [*packed][::1 if number % 2 else -1]]
     def batch_at(step: int) -> dict[str, torch.Tensor]:
