@@ -273,6 +273,7 @@ def stream(lm: LanguageModel, prompt_ids: list[int], max_new_tokens: int = 200, 
 
 # %% ../nbs/25_generate.ipynb #54228c20
 _WORTH = 16  # tokens below which the beginning of a paper is not worth showing
+_SAID, _ASKED = 'Here is what some papers say.', 'With their help, answer in a few sentences of your own:'  # or a small model recites
 
 
 def preceding(tokenizer, papers: Sequence[dict], room: int) -> list[int]:
@@ -292,7 +293,7 @@ def prompt_with(lm: LanguageModel, messages: list[dict], papers: Sequence[dict],
     """
     texts = [brief(paper) for paper in papers]
     while texts:
-        shown = '\n\n'.join(['Papers:', *reversed(texts), f"Question: {messages[-1]['content']}"])
+        shown = '\n\n'.join([_SAID, *reversed(texts), f"{_ASKED} {messages[-1]['content']}"])
         ids = chat_prompt(lm, [*messages[:-1], messages[-1] | dict(content=shown)])
         if len(ids) <= room: return ids, [*papers[:len(texts)]]
         last = encode(lm.tokenizer, texts.pop())
