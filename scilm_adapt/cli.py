@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,15 +150,41 @@ def _prompt_ids(lm: object, messages: list[dict], room: int, window: int) -> lis
         del messages[:2]                                             # a question and its answer
 
 
-def answer(lm: object, messages: list[dict], max_new_tokens: int, temperature: float, repetition_penalty: float) -> str:
-    "The model's answer to `messages`, printed as it comes; temperature 0 takes the likeliest token each time."
+def _open_papers(source: str) -> object:
+    "The library of a chat's papers; what is said meanwhile goes to the error stream, which is not read as an answer."
+    from scilm_adapt.related import library_of
+    with redirect_stdout(sys.stderr):
+        library = library_of(source)
+        print(f'{len(library):,} papers of {source} are looked through for each question.')
+    return library
+
+
+def _lean_on(lm: object, messages: list[dict], room: int, library: object, related: int) -> tuple[list[int], list[dict]]:
+    "The token ids of the conversation with the papers in view that are near to its last question, and these; says if there are none."
+    from scilm_adapt.generate import prompt_with
+    near = library.related([messages[-1]['content']], related)[0]
+    ids, papers = prompt_with(lm, messages, near, lm.context - room)
+    reason = 'there is no room for one beside this conversation' if near else 'none is near to this question'
+    if not papers: print(f'scilm: this answer leans on no paper: {reason}.', file=sys.stderr)
+    return ids, papers
+
+
+def answer(lm: object, messages: list[dict], max_new_tokens: int, temperature: float, repetition_penalty: float,
+           library: object = None, related: int = 4) -> str:
+    """The model's answer to `messages`, printed as it comes; temperature 0 takes the likeliest token each time.
+
+    With a `related.Library` at most so many `related` papers are in view, and are named below the answer.
+    """
     from scilm_adapt.generate import stream
+    from scilm_adapt.related import named
     room, pieces = min(max_new_tokens, lm.context//2), []
-    prompt = _prompt_ids(lm, messages, room, lm.context)
-    for piece in stream(lm, prompt, room, temperature, seed=len(messages), repetition_penalty=repetition_penalty):
+    ids, papers = _prompt_ids(lm, messages, room, lm.context), []
+    if library: ids, papers = _lean_on(lm, messages, room, library, related)
+    for piece in stream(lm, ids, room, temperature, seed=len(messages), repetition_penalty=repetition_penalty):
         print(piece, end='', flush=True)
         pieces.append(piece)
     print()
+    for number, paper in enumerate(papers, 1): print(f'  [{number}] {named(paper)}')
     return ''.join(pieces).strip()
 
 
@@ -177,8 +204,12 @@ def _chat(arguments: list[str]) -> int:
     parser.add_argument('--temperature', type=float, default=0.7, help='0: always the likeliest token (default: %(default)s)')
     parser.add_argument('--repetition-penalty', type=float, help='how much less likely a word of an answer is the next time; 1: no less '
                         '(default: 1.1, since small models run in circles without)')
+    parser.add_argument('--papers', metavar='CORPUS', help='the folder of a run, or papers of any usual form, some of which are put before '
+                        'each question; the answer names those it leaned on')
+    parser.add_argument('--related', metavar='N', type=int, default=4, help='how many of these at most (default: %(default)s)')
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1: raise InputError('--max-new-tokens must be at least 1.')
+    if options.related < 1: raise InputError('--related must be at least 1; without --papers an answer leans on none.')
     if not 0 <= options.temperature < math.inf: raise InputError('--temperature must be 0 or a positive number.')
     folder = _find_model(options.folder)
     from transformers.utils.logging import disable_progress_bar
@@ -190,18 +221,19 @@ def _chat(arguments: list[str]) -> int:
     disable_progress_bar()                                           # of loading: it is over before it can be read
     lm = load(str(folder))
     end_of_turn(lm.tokenizer)                                        # InputError now, rather than at the first turn
+    library, messages = _open_papers(options.papers) if options.papers else None, []
     print(f'{folder}: /reset starts anew, /quit leaves.', file=sys.stderr)
-    messages = []
     for text in _turns():
         if text == '/quit': break
         if text == '/reset':
             messages.clear()
             continue
         messages.append(dict(role='user', content=text))
-        try: messages.append(dict(role='assistant', content=answer(lm, messages, options.max_new_tokens, options.temperature, penalty)))
+        try: said = answer(lm, messages, options.max_new_tokens, options.temperature, penalty, library, options.related)
         except InputError as error:                                  # one turn was too long: the conversation goes on
             print(f'scilm: {error}', file=sys.stderr)
             messages.pop()
+        else: messages.append(dict(role='assistant', content=said))
     return 0
 
 # %% ../nbs/49_cli.ipynb #4b375738

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['metrics', 'STUDENT', 'VERDICTS', 'bits_per_byte', 'answers_of', 'metrics_for', 'title_terms', 'written',
-           'writing_metrics', 'Compared', 'lineup', 'references', 'one_per_paper', 'test_items', 'measure', 'summarise',
-           'signed', 'signed_interval', 'finding', 'findings', 'compare_seeds', 'seeds_table', 'compare']
+           'writing_metrics', 'Compared', 'lineup', 'references', 'one_per_paper', 'related_items', 'test_items',
+           'measure', 'summarise', 'signed', 'signed_interval', 'finding', 'findings', 'compare_seeds', 'seeds_table',
+           'compare']
 
 # %% ../nbs/46_evaluate.ipynb #fdb4cac2
 import math
@@ -22,12 +23,13 @@ import torch
 from .decoding import repetition
 from .errors import InputError, progress_bar, say
 from .files import content_hash, hashed, read_json, write_json
-from .generate import REPETITION_PENALTY, answer_bits, chat_prompt, continuations, respond
+from .generate import REPETITION_PENALTY, answer_bits, chat_prompt, continuations, preceding, respond
 from .instruct import Chats
 from .intervals import Metric, Subject
 from .models import (LanguageModel, hidden_states, load, logits_of, parameter_count, shared_vocabulary, teacher_dtype,
                                 weights_hash)
 from .papers import Corpus, document
+from .related import Library, brief, prepare
 from .runs import PALETTE, Run, stage
 from .tokens import document_ends, encode, encode_chat, encode_document, pack
 from .training import document_nats, target_states, utf8_sizes
@@ -67,6 +69,20 @@ def _bits_of_answers(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     "The same of the reference answers, after their questions."
     nats, sizes = answer_bits(subject.lm, subject.items['answers'], subject.context, description=f'{subject.name}: reference answers')
     return nats, sizes*math.log(2)
+
+
+def _bits_after_title(related: bool, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    "The same of the texts of papers after their titles, with `related` papers before these or without."
+    start, documents, masks, parts = document_ends(subject.lm.tokenizer)[0], [], [], subject.items['related']
+    for item in parts:
+        title, text = (encode(subject.lm.tokenizer, part) for part in (f"{item['title']}\n\n", item['text']))
+        room = subject.reach - 1 - len(title) - len(text)
+        before = [start, *(preceding(subject.lm.tokenizer, item['papers'], room) if related else ()), *title]
+        documents.append(before + text)
+        masks.append([0]*len(before) + [1]*len(text))
+    nats = document_nats(subject.lm, documents, masks, context=subject.reach,
+                         description=f'{subject.name}: {"related papers, then " if related else ""}title and text')
+    return nats, utf8_sizes(item['text'] for item in parts)*math.log(2)
 
 
 def answers_of(subject: Subject) -> list[dict]:
@@ -155,6 +171,13 @@ metrics: dict[str, Metric] = dict(
                      'Answers that end: answers that end by themselves before the limit on their length; the likeliest token each time, '
                      f'with a repetition penalty of {REPETITION_PENALTY}.', lower_is_better=False,
                      estimate='share', caution=_seldom),
+    titled_bpb=Metric('science after its title', 'Titles: after one {model} reads the abstract at {value} bits per byte', 'related',
+                      partial(_bits_after_title, False), note=_BITS['note'],
+                      method='Science after its title: the abstract of a paper, or its first page, is counted, its title is given.'),
+    related_bpb=Metric('science with related papers', 'Related papers: with them before a title {model} reads the abstract at {value} bits '
+                       'per byte', 'related', partial(_bits_after_title, True), note=_BITS['note'],
+                       method='Science with related papers: the same with training papers in view, found by the title, the nearest last, '
+                              'as many as `related` says; what does not fit of the farthest is cut.'),
     general_answers=Metric('general answers', "General answers: {model} reads the teacher's answers to general questions at {value} bits "
                            'per byte', 'general_chats', _bits_of_general_answers, note=_BITS['note'],
                            method="General answers: the teacher's own answers to held-out questions about anything, asked by itself."),
@@ -167,9 +190,10 @@ metrics: dict[str, Metric] = dict(
                      lower_is_better=False))
 
 
-def metrics_for(chats: Chats) -> dict[str, Metric]:
-    "The `metrics` that can be measured with these conversations: without general ones among them, not those on general ones."
-    return {name: metric for name, metric in metrics.items() if metric.items != 'general_chats' or chats.general}
+def metrics_for(chats: Chats, related: int = 0) -> dict[str, Metric]:
+    "The `metrics` that can be measured: not those on general conversations, nor with `related` papers, where there are none."
+    lacking = {name for name, there in dict(general_chats=chats.general, related=related).items() if not there}
+    return {name: metric for name, metric in metrics.items() if metric.items not in lacking}
 
 # %% ../nbs/46_evaluate.ipynb #eva00002
 _TERMS = re.compile(r'[^\W\d_]{5,}')
@@ -273,15 +297,30 @@ def _leaves_room(lm: LanguageModel, chat: dict, max_new_tokens: int) -> bool:
     return not lm.tokenizer.chat_template or len(chat_prompt(lm, chat['messages'][:1])) + max_new_tokens <= lm.context
 
 
+def related_items(records: Iterable[dict], library: Library, number: int, most: int) -> list[dict]:
+    """The first `most` of these papers with title and text: 'id', 'title', 'text' and, found by the title, at most `number` 'papers'.
+
+    None of these repeats the paper, and none is held out, since the library has none of that (see `related.prepare`). InputError if no
+    paper has both.
+    """
+    texts = ((record, brief(record | dict(title='')).strip()) for record in records if record['title'].strip())
+    items = [dict(id=record['id'], title=record['title'], text=text) for record, text in islice((one for one in texts if one[1]), most)]
+    if not items:
+        raise InputError('No test paper has a title and a text, so none is found by titles; name the fields, or set related to 0.')
+    found = library.related([item['title'] for item in items], number, [f"{item['title']}\n\n{item['text']}" for item in items])
+    return [item | dict(papers=papers) for item, papers in zip(items, found)]
+
+
 def test_items(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, documents: int = 300, answers: int = 200,
-               max_new_tokens: int = 96) -> dict[str, list[dict]]:
+               max_new_tokens: int = 96, library: Library | None = None, related: int = 0) -> dict[str, list[dict]]:
     """'science' and 'general', the first `documents` test records of each domain, and 'answers', the first `answers` test conversations
-    of different papers that leave every model room for an answer; 'general_chats' are as many general ones, if there are any. Each has an
-    'id'. InputError if there are none."""
+    of different papers that leave every model room for an answer; 'general_chats' are as many general ones, if there are any; 'related'
+    are as many `related_items` as documents, if there is a library. Each has an 'id'. InputError if there are none."""
     fits = lambda chat: all(_leaves_room(lm, chat, max_new_tokens) for lm in models.values())
     asked = islice(filter(fits, one_per_paper(chats.test)), answers)
     items = dict(science=corpus.science['test'][:documents], general=corpus.general['test'][:documents],
                  answers=[chat | dict(id=chat['paper_id']) for chat in asked])
+    if library: items['related'] = related_items(corpus.science['test'], library, related, documents)
     for name, found in items.items():
         if not found: raise InputError(f'There is nothing in the test split to measure {name} with; give more texts, or a larger limit, '
                                        f'or ask for shorter answers.')
@@ -298,7 +337,7 @@ def _recorded(file: Path, make: Callable[[], object]) -> object:
     write_json(file, hashed(dict(value=(value := make()))))
     return value
 
-# %% ../nbs/46_evaluate.ipynb #529fe8ae
+
 def _rows_of(subject: Subject, metric: Metric) -> list[list[float]] | None:
     "The numerators and denominators of a metric, JSON-able; None, with a word on the reason, if this model cannot be measured by it."
     try: return metric.rows(subject).tolist()
@@ -319,14 +358,15 @@ def measure(models: dict[str, LanguageModel], items: dict[str, list[dict]], metr
     what it 'conversed', and by metric and model the 'rows', numerators and denominators.
     What is complete is kept in `scratch`; a later call goes on there."""
     context = min(context, *(lm.context for lm in models.values()))  # the same windows for all
-    metrics = {name: metric for name, metric in metrics.items() if metric.items != 'general_chats' or metric.items in items}
+    metrics = {name: one for name, one in metrics.items() if one.items not in ('general_chats', 'related') or one.items in items}
+    reach = min(Subject.reach, *(lm.context for lm in models.values()))
     found = dict(ids={part: [item['id'] for item in some] for part, some in items.items()}, params={}, answered={}, conversed={},
                  rows={name: {} for name in metrics})
     for model, lm in models.items():
         def keep(name: str, make: Callable[[], object], model: str = model) -> object:
             readable = re.sub(r'\W+', '-', name)
             return _recorded(scratch/f'{content_hash([model, name])[:12]}-{readable}.json', make) if scratch else make()
-        subject = Subject(model, lm, items, context, max_new_tokens, keep, teacher=models.get('teacher'))
+        subject = Subject(model, lm, items, context, max_new_tokens, keep, teacher=models.get('teacher'), reach=reach)
         for name, metric in metrics.items(): found['rows'][name][model] = keep(name, partial(_rows_of, subject, metric))
         found['params'][model], found['answered'][model] = parameter_count(lm.model), _answered(subject)
         found['conversed'][model] = _conversed(subject)
@@ -347,7 +387,7 @@ def summarise(measured: dict, seed: int = 0, metrics: dict[str, Metric] = metric
     return dict(models=models, differences=differences, measured={part: len(ids) for part, ids in measured['ids'].items()},
                 compared=[asdict(one) for one in compared])
 
-# %% ../nbs/46_evaluate.ipynb #a5d5f43e
+
 VERDICTS = dict(better='better, shown', worse='worse, shown', open='a difference is not shown')
 
 
@@ -405,17 +445,19 @@ def seeds_table(found: dict[str, dict[str, dict]], metrics: dict[str, Metric]) -
 # %% ../nbs/46_evaluate.ipynb #8e6f1210
 def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, *, documents: int = 300, answers: int = 200,
             max_new_tokens: int = 96, context: int = 512, seed: int = 0, metrics: dict[str, Metric] | None = None,
-            compared: list[Compared] | None = None) -> dict:
+            compared: list[Compared] | None = None, related: int = 0) -> dict:
     """Measure `models` on at most `documents` test texts of each domain and `answers` test questions, as the stage 'evaluation'.
 
     The result is that of `summarise`, with each model's first ten 'generations', and the first three to general questions, 'conversed'.
     The raw numbers are kept in measured.json. Roles, colours and the order of the models are those `compared` (None: by their names, see
-    `lineup`); `metrics` None are `metrics_for` the chats.
+    `lineup`); `metrics` None are `metrics_for` the chats. With `related` papers before its title science is read again: `related_items`.
     """
-    compared, metrics = compared or lineup(models), metrics or metrics_for(chats)
+    if related < 0: raise InputError(f'related is {related}; give the number of related papers before a title, 0 for none.')
+    compared, metrics = compared or lineup(models), metrics or metrics_for(chats, related)
+    library = prepare(run, corpus) if related else None
     say(f"evaluation: {', '.join(models)} on {', '.join(metric.title for metric in metrics.values())}")
     def build(folder: Path, scratch: Path) -> None:
-        items = test_items(models, corpus, chats, documents, answers, max_new_tokens)
+        items = test_items(models, corpus, chats, documents, answers, max_new_tokens, library, related)
         measured = measure(models, items, metrics, max_new_tokens, context, scratch)
         write_json(folder/'measured.json', measured)
         first = {model: answered[:10] for model, answered in measured['answered'].items() if answered}
@@ -423,5 +465,5 @@ def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: C
         write_json(folder/'evaluation.json', summarise(measured, seed, metrics, compared) | said)
     prints = {name: content_hash([weights_hash(lm.model), lm.tokenizer.chat_template]) for name, lm in models.items()}
     config = dict(models=prints, documents=documents, answers=answers, max_new_tokens=max_new_tokens, context=context, seed=seed,
-                  metrics=list(metrics), compared=[asdict(one) for one in compared])
+                  metrics=list(metrics), compared=[asdict(one) for one in compared]) | (dict(related=related) if related else {})
     return read_json(stage(run, 'evaluation', config, build, [corpus.folder, chats.folder], resumable=True)/'evaluation.json')

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['REPETITION_PENALTY', 'chat_prompt', 'answer_bits', 'parted', 'stop_ids', 'halt_ids', 'Answer', 'up_to_halt',
-           'to_answer', 'check_prompts', 'continued', 'respond', 'continuations', 'next_tokens', 'stream']
+           'to_answer', 'check_prompts', 'continued', 'respond', 'continuations', 'next_tokens', 'stream', 'preceding',
+           'prompt_with', 'respond_with']
 
 # %% ../nbs/25_generate.ipynb #2c71d7d6
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 from .decoding import DECODERS, Reader, check_room, check_settings, next_probabilities, penalised, plain, sample
 from .errors import InputError, progress_bar
 from .models import LanguageModel, logits_of
+from .related import Library, brief
 from .runs import rng
-from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, end_of_turn, pad, render
+from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, encode_stream, end_of_turn, pad, render
 from .training import document_nats, utf8_sizes
 
 # %% ../nbs/25_generate.ipynb #e55412cd
@@ -134,6 +136,7 @@ class Answer:
     text: str                    # what follows the thoughts; '' if they have no end
     stopped: bool
     thoughts: str | None = None  # what it thought aloud before it answered; None if it did not
+    papers: Sequence[dict] = ()  # the papers that were in view, nearest first
 
     @property
     def lost(self) -> bool:
@@ -276,3 +279,45 @@ def stream(lm: LanguageModel, prompt_ids: list[int], max_new_tokens: int = 200, 
             if whole > shown: yield text[shown:whole]
             shown = max(shown, whole)
     if len(text) > shown: yield text[shown:]
+
+# %% ../nbs/25_generate.ipynb #54228c20
+_WORTH = 16  # tokens below which the beginning of a paper is not worth showing
+_SAID, _ASKED = 'Here is what some papers say.', 'With their help, answer in a few sentences of your own:'  # or a small model recites
+
+
+def preceding(tokenizer, papers: Sequence[dict], room: int) -> list[int]:
+    "Token ids of `papers`, nearest first, the nearest last and each with a blank line after it: at most `room`, the farthest gives way."
+    found, between = [], encode(tokenizer, '\n\n')
+    for ids in encode_stream(tokenizer, map(brief, papers)):
+        left = room - len(found) - len(between)
+        if left < min(_WORTH, len(ids)): break
+        found = [*ids[:left], *between, *found]
+    return found
+
+
+def prompt_with(lm: LanguageModel, messages: list[dict], papers: Sequence[dict], room: int) -> tuple[list[int], list[dict]]:
+    """Token ids of a conversation whose last question stands behind `papers`, nearest first, and those that are in it.
+
+    They are cut so that the ids are at most `room`; if the conversation alone is longer, there are none. See `chat_prompt`.
+    """
+    texts = [brief(paper) for paper in papers]
+    while texts:
+        shown = '\n\n'.join([_SAID, *reversed(texts), f"{_ASKED} {messages[-1]['content']}"])
+        ids = chat_prompt(lm, [*messages[:-1], messages[-1] | dict(content=shown)])
+        if len(ids) <= room: return ids, [*papers[:len(texts)]]
+        last = encode(lm.tokenizer, texts.pop())
+        if (left := len(last) - (len(ids) - room)) >= _WORTH: texts.append(lm.tokenizer.decode(last[:left]))
+    return chat_prompt(lm, messages), []
+
+
+def respond_with(lm: LanguageModel, questions: Sequence[str], library: Library, related: int = 4, max_new_tokens: int = 64,
+                 **settings) -> list[Answer]:
+    """An answer to each question with at most `related` papers of the library in view; its `papers` are those it could lean on.
+
+    Without a near paper it is the plain answer. `settings` are those of `respond`. InputError for a number of papers below 1.
+    """
+    if related < 1: raise InputError(f'related is {related}; give the number of papers that an answer may lean on, at least 1.')
+    room, asked = lm.context - max_new_tokens, [[dict(role='user', content=question)] for question in questions]
+    prompts = [prompt_with(lm, messages, papers, room) for messages, papers in zip(asked, library.related(questions, related))]
+    answers = respond(lm, [ids for ids, _ in prompts], max_new_tokens, **settings)
+    return [replace(answer, papers=papers) for answer, (_, papers) in zip(answers, prompts)]

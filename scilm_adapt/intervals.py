@@ -131,6 +131,7 @@ class Subject:
     keep: Callable[[str, Callable[[], object]], object] = lambda name, make: make()
     found: dict[str, object] = field(default_factory=dict)
     teacher: object | None = None     # the model that it learnt from, where that is here
+    reach: int = 2048                 # the tokens that related papers and a text after them may take together
 
     def once(self, name: str, make: Callable[[], object]) -> object:
         "What `make()` gives, found out at the first call with this name."

@@ -69,8 +69,9 @@ def _first_rank() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 # %% ../nbs/02_runs.ipynb #95764d30
-_STAGES = ('corpus', 'tokens', 'general-tokens', 'general-chats', 'preferences', 'chats', 'targets', 'evaluation', 'figures',
-          *(f'models/{name}' for name in ('base', 'teacher', 'shrunk', 'healed', 'contrast', 'distilled', 'distilled-good')))
+_STAGES = ('corpus', 'related', 'reading-order', 'tokens', 'chained-tokens', 'general-tokens', 'general-chats', 'preferences', 'chats',
+           'targets', 'evaluation', 'figures',
+           *(f'models/{name}' for name in ('base', 'teacher', 'shrunk', 'healed', 'contrast', 'distilled', 'distilled-good')))
 _FILES = ('report.md', 'report.html', 'metrics.json', *(f'{name}/README.md' for name in _STAGES if name.startswith('models/')))
 
 

@@ -115,6 +115,13 @@ def test_token_contrast_is_added_to_the_same_step(models):
     assert not only['token'] and only['loss']['without'] == pytest.approx(found['loss']['without'])
 
 
+def test_chains_and_papers_alone_are_read_in_turns(models):
+    found = asked('chains', models, 'reading', rounds=2)
+    assert {way: len(times) for way, times in found['rounds'].items()} == dict.fromkeys(('alone', 'chains'), 2 + reading.WARM)
+    assert all(value > 0 for value in found['seconds'].values())
+    assert 1 < found['papers'] <= 5
+
+
 def test_pairs_in_little_memory_have_the_same_loss(models):
     whole, little = reading.pairs(models, 12), reading.pairs(models, 12, chunk=4)
     assert little['loss'] == pytest.approx(whole['loss'], rel=1e-5) and little['MiB'] > 0

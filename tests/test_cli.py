@@ -436,10 +436,42 @@ def test_what_a_person_types_is_never_a_control_token(model_folder, monkeypatch)
     assert ends('a<|im_end|>\n<|im_start|>assistant\nb') == ends('a') == 1
 
 
+@pytest.fixture
+def some_papers(tmp_path) -> Path:
+    (tmp_path/'papers.jsonl').write_text('\n'.join(json.dumps(one) for one in [
+        dict(title='On heat', abstract='Heat flows from warm to cold.', doi='10.1/heat'),
+        dict(title='On salt', abstract='Salt dissolves.')]))
+    return tmp_path/'papers.jsonl'
+
+
+def test_chat_leans_on_papers_and_names_them(model_folder, some_papers, monkeypatch, capsys):
+    def said(typed, *more):
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(typed))
+        assert cli.main(['chat', str(model_folder), '--max-new-tokens', '6', '--temperature', '0', *more]) == 0
+        return capsys.readouterr()
+    plain, leaning = (said('What is heat?\nWho?\n', *more) for more in ([], ['--papers', str(some_papers)]))
+    assert leaning.out.splitlines()[1] == '  [1] On heat (10.1/heat)' and '[1]' not in plain.out and leaning.out.count('[1]') == 1
+    assert leaning.out.splitlines()[0] != plain.out.splitlines()[0]  # the paper was in view
+    assert 'leans on no paper: none is near' in leaning.err and '2 papers of' in leaning.err and 'papers' not in plain.err
+    two = said('heat or salt\n', '--papers', str(some_papers))
+    assert two.out.count('  [') == 2 and 'On salt\n' in two.out  # without an address, as it came with none
+    assert said('heat or salt\n', '--papers', str(some_papers), '--related', '1').out.count('  [') == 1
+
+
+def test_a_chat_says_when_no_paper_finds_room(model_folder, some_papers, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('heat ' + 'word '*8 + '\n'))
+    assert cli.main(['chat', str(model_folder), '--max-new-tokens', '60', '--papers', str(some_papers)]) == 0
+    found = capsys.readouterr()
+    assert '[1]' not in found.out and 'there is no room' in found.err
+
+
 @pytest.mark.parametrize('arguments', [['nowhere'], ['.'], ['MODEL', '--max-new-tokens', '0'], ['MODEL', '--temperature', '-1'],
-                                       ['MODEL', '--temperature', 'nan'], ['MODEL', '--repetition-penalty', '0.9']])
-def test_chat_refuses_in_one_sentence(model_folder, capsys, arguments):
-    assert cli.main(['chat', *[str(model_folder) if a == 'MODEL' else a for a in arguments]]) == 2
+                                       ['MODEL', '--temperature', 'nan'], ['MODEL', '--papers', 'nowhere.jsonl'],
+                                       ['MODEL', '--papers', os.devnull], ['MODEL', '--related', '0'], ['MODEL', '--papers', 'EMPTY'],
+                                       ['MODEL', '--repetition-penalty', '0.9']])
+def test_chat_refuses_in_one_sentence(model_folder, tmp_path, capsys, arguments):
+    (tmp_path/'empty').mkdir()
+    assert cli.main(['chat', *[dict(MODEL=str(model_folder), EMPTY=str(tmp_path/'empty')).get(a, a) for a in arguments]]) == 2
     error = capsys.readouterr().err
     assert error.startswith('scilm: ') and error.count('\n') == 1
 

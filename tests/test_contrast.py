@@ -3,7 +3,9 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,7 +13,7 @@ from world import descent, of_family, reader
 
 from scilm_adapt import contrast, recipe
 from scilm_adapt.checkpoints import Checkpoints
-from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss, batch_maker, contrast_loss, mixed_rows, train
+from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss, batch_maker, chained, contrast_loss, mixed_rows, train
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
@@ -22,7 +24,7 @@ from scilm_adapt.pairs import Pairs, embed, pair_maker, retrieval, views
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.preference import Pair, Preference
 from scilm_adapt.runs import Run
-from scilm_adapt.tokens import batch_rows, documents_in, encode_document, pack
+from scilm_adapt.tokens import Tokens, batch_rows, document_ends, documents_in, encode, encode_document, pack, read_tokens
 from scilm_adapt.training import document_nats, fit, lm_loss, target_states
 
 SUBJECTS = ('heat', 'light', 'sound', 'gravity', 'friction', 'pressure', 'salt', 'iron', 'water', 'glass', 'copper', 'helium')
@@ -32,6 +34,8 @@ SETTINGS = dict(steps=3, batch_size=2, context=48, learning_rate=1e-3, pairs_wei
 CONTRASTS = dict(next_token=dict(next_token_weight=0.3), shuffled=dict(next_token_weight=0.3, next_token=NextToken(shuffled=True)),
                  mistakes=dict(mistakes_weight=0.5), unlikelihood=dict(mistakes_weight=0.5, mistakes=Mistakes('unlikelihood', 48, 0)),
                  ditto=dict(ditto_weight=0.5, ditto=Ditto(2, 32)))
+TOGETHER = [dict(id=one, title=f'On {one} and {other}', text=f'We study {one} with {other} in {number} experiments.')
+            for number, (one, other) in enumerate(zip(SUBJECTS, SUBJECTS[1:] + SUBJECTS[:1]))]  # a ring of neighbours
 GENERAL = [dict(id=f'{name} by the sea', title=f'The {name}', text=f'A {name} лежал у моря, and nobody asked what the {name} was.')
            for name in ('lamp', 'дом', 'boat', 'letter', 'garden')]
 PREFERRED = [Pair(str(n), 'paper', [1, 5, 6 + n], [7, 8, 9 + n, 10], [8, 7, 20 + n, 4]) for n in range(6)]
@@ -51,6 +55,11 @@ def mixed(corpus) -> Corpus:
 @pytest.fixture(scope='module')
 def student():
     return reader(PAPERS)
+
+
+@pytest.fixture
+def linked(mixed) -> Corpus:
+    return replace(mixed, science=mixed.science | dict(train=TOGETHER))
 
 
 def packed_papers(student, length: int = 32, papers: list[dict] = PAPERS):
@@ -315,6 +324,103 @@ def test_without_weight_it_is_language_modelling_and_needs_no_titles(tmp_path, c
     assert row['loss'] == row['lm'] == pytest.approx(first.item(), rel=1e-2)
 
 
+def laid_out(documents: list[list[int]]) -> Tokens:
+    return Tokens(np.concatenate(documents).astype(np.int32), np.cumsum([0, *map(len, documents)]))
+
+
+def two_chains(tokenizer: object) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    "A row with a chain of three papers and one of two, and the places of each paper in it."
+    papers = [encode(tokenizer, document(paper))[:size] for paper, size in zip(PAPERS, (9, 7, 8, 10, 6))]
+    one, other = chained(laid_out(papers), np.array([0, 3, 5]), tokenizer)
+    (start, end), between = document_ends(tokenizer), encode(tokenizer, '\n\n')
+    assert one == [start, *papers[0], *between, *papers[1], *between, *papers[2], end]
+    assert other == [start, *papers[3], *between, *papers[4], end]
+    packed, places, at = pack([one, other], length=64), [], 1
+    for number, paper in enumerate(papers):
+        places.append([*range(at, at + len(paper))])
+        at += len(paper) + (2 if number == 2 else len(between))
+    batch = packed.batch([0])
+    assert len(packed) == 1 and [batch['input_ids'][0, some].tolist() for some in places] == papers
+    return batch, places
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen3', 'mistral', 'mamba', 'bloom'])
+def test_a_paper_sees_those_before_it_in_its_chain_and_nothing_of_another_chain(student, family):
+    lm = of_family(family, student.tokenizer, **(dict(sliding_window=64) if family == 'mistral' else {}))
+    batch, places = two_chains(lm.tokenizer)
+    def logits(ids):
+        with torch.no_grad(): return logits_of(lm.model, hidden_states(lm.model, batch | dict(input_ids=ids)))[0]
+    before, chain = logits(batch['input_ids']), [0, 0, 0, 1, 1]
+    for changed in range(5):
+        ids = batch['input_ids'].clone()
+        ids[0, places[changed][3]] = (ids[0, places[changed][3]] + 1) % len(lm.tokenizer)
+        apart = (logits(ids) - before).abs().amax(-1)
+        for other in range(5):
+            seen = chain[other] == chain[changed] and other >= changed
+            assert (apart[places[other]].max() > 1e-6) == seen, (changed, other)
+            if not seen: assert apart[places[other]].max() < 1e-12
+
+
+def test_a_chain_is_one_document_of_which_all_but_the_start_is_learnt(student):
+    batch, places = two_chains(student.tokenizer)
+    starts, real = (batch['position_ids'][0] == 0).nonzero()[:, 0].tolist(), int((batch['segments'] > 0).sum())
+    assert starts[:2] == [0, places[2][-1] + 2] and int(batch['count']) == real - 2
+    assert not batch['loss_mask'][0, starts[:2]].any()
+
+
+@pytest.mark.parametrize(('most', 'context'), [(5, 200), (2, 200), (5, 80), (3, 12)])
+def test_chains_read_every_paper_once_and_fit_where_a_paper_does(tmp_path, linked, student, most, context):
+    recipe, tokenizer = Recipe(chain=most, context=context), student.tokenizer
+    packed, named = contrast._chained_rows(Run(tmp_path/'run'), recipe, tokenizer, linked, TOGETHER)
+    read = [packed.tokens.ids[a:b].tolist() for a, b in pairwise(packed.tokens.starts)]
+    sizes = np.diff(named.starts)
+    assert sizes.max() <= most and (sizes.max() > 1) == (context > 30) and sorted(named.order.tolist()) == [*range(12)]
+    for number, (ids, (begin, end)) in enumerate(zip(read, pairwise(named.starts), strict=True)):
+        papers = [TOGETHER[n] for n in named.order[begin:end]]
+        assert tokenizer.decode(ids[1:-1]) == '\n\n'.join(map(document, papers)) and (len(ids) <= context or len(papers) == 1)
+        assert named[number]['id'] == ', '.join(paper['id'] for paper in papers)
+    learnt = packed.input_ids[packed.loss_mask]
+    assert sorted(learnt.tolist()) == sorted(token for ids in read for token in ids[1:])
+
+
+def test_without_chains_stage_1_reads_what_it_read(tmp_path, corpus, student, monkeypatch):
+    "chain=1 asks for no index, and its rows are those of papers that stand alone."
+    seen = []
+    monkeypatch.setattr(contrast, 'reading_order', None)  # would fail
+    monkeypatch.setattr(contrast, 'batch_maker', lambda packed, *more: seen.append(packed) or batch_maker(packed, *more))
+    train(Run(tmp_path/'run'), student, corpus, **SETTINGS)
+    plain = pack(read_tokens(tmp_path/'run'/'tokens'), SETTINGS['context'], share=contrast.USEFUL)
+    for name, values in plain.whole.items(): assert np.array_equal(values, seen[0].whole[name])
+    assert not (tmp_path/'run'/'related').exists() and not (tmp_path/'run'/'chained-tokens').exists()
+
+
+@pytest.mark.parametrize('order', ['related', 'random'])
+def test_stage_1_reads_chains_and_goes_on_where_it_stopped(tmp_path, linked, monkeypatch, order):
+    settings = SETTINGS | dict(chain=3, chain_order=order, replay_share=0.25, context=160, steps=4)
+    student = reader(PAPERS, context=160)
+    whole = train(Run(tmp_path/'whole'), student, linked, **settings)
+    assert len(read_tokens(tmp_path/'whole'/'chained-tokens')) < len(PAPERS)/2
+    assert (tmp_path/'whole'/'chained-tokens'/'manifest.json').is_file() and not (tmp_path/'whole'/'tokens').exists()
+    assert (tmp_path/'whole'/'related').is_dir() == (order == 'related')
+    stops = []
+    def stopping(self, *arguments):
+        save(self, *arguments)
+        if not stops: stops.append(1); raise KeyboardInterrupt
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, 'due', lambda self, step: True)
+    monkeypatch.setattr(Checkpoints, 'save', stopping)
+    with pytest.raises(KeyboardInterrupt): train(Run(tmp_path/'parted'), student, linked, **settings)
+    again = train(Run(tmp_path/'parted'), student, linked, **settings)
+    assert stops and weights_hash(again.model) == weights_hash(whole.model) != weights_hash(student.model)
+
+
+def test_the_papers_of_a_chain_are_named_in_an_error(tmp_path, linked, student, monkeypatch):
+    monkeypatch.setattr(contrast, 'contrast_loss', lambda *_: lambda model, batch: dict(loss=hidden_states(model, batch).sum()*math.nan))
+    with pytest.raises(FloatingPointError) as error:
+        train(Run(tmp_path/'run'), reader(PAPERS, context=160), linked, **SETTINGS | dict(chain=3, pairs_weight=0.0, context=160))
+    assert sum(name in str(error.value) for name in SUBJECTS) > 4
+
+
 @pytest.mark.parametrize('common, weight', [(0.0, 0.0), (3.0, 1.0)])
 def test_the_weight_of_token_contrast_follows_the_probe(tmp_path, corpus, student, capsys, common, weight):
     student = replace(student, model=copy.deepcopy(student.model))
@@ -392,6 +498,8 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(anchor_decay=0.0), r'anchor_decay is 0.0.*above 0 and up to 1'),
     (dict(anchor_decay=1.01), r'anchor_decay is 1.01'),
     (dict(margin=0.0), r'margin is 0.0'),
+    (dict(chain=0), r'chain is 0.*1 for each alone'),
+    (dict(chain_order='relatd'), r"chain_order is 'relatd'.*mean 'related'.*random"),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
     (dict(next_token_weight=-0.1), r'next_token_weight is -0.1'),
     (dict(next_token_weight=0.1, next_token=NextToken(temperature=0)), r'temperature is 0; it must be above 0'),

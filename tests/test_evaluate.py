@@ -9,6 +9,7 @@ import torch
 
 from scilm_adapt import evaluate, generate
 from scilm_adapt.decoding import DECODERS, repetition
+from scilm_adapt.duplicates import fingerprint
 from scilm_adapt.errors import InputError
 from scilm_adapt.evaluate import (
     Compared,
@@ -27,6 +28,7 @@ from scilm_adapt.evaluate import (
     metrics_for,
     one_per_paper,
     references,
+    related_items,
     seeds_table,
     signed,
     summarise,
@@ -40,6 +42,7 @@ from scilm_adapt.instruct import Chats
 from scilm_adapt.intervals import Metric, Subject, _verdict, seeds_interval
 from scilm_adapt.models import LanguageModel, build, save, tiny
 from scilm_adapt.papers import Corpus
+from scilm_adapt.related import brief, prepare
 from scilm_adapt.runs import Run
 from scilm_adapt.tokens import document_ends, encode, encode_chat, pack
 
@@ -481,3 +484,68 @@ def test_terms_taken_up_again_are_whole_words(monkeypatch):
     subject = Subject('model', None, dict(science=[dict(id=str(n), title='Heating of water') for n in range(3)]))
     subject.found['written, greedy'] = [dict(ids=[1], text=text) for text in said]
     assert writing_metrics()['terms'].rows(subject).tolist() == [[2, 0, 0], [2, 2, 2]]
+# --- with related papers
+
+NOUNS = ('heat', 'light', 'sound', 'salt')
+ABOUT = [dict(id=f'{noun} {n}', title=f'On {noun} number {n}', text=f'We saw {noun} {n} times, {"and again " * n}and more {noun}.')
+         for n in range(12) for noun in NOUNS]
+
+
+@pytest.fixture
+def titled(world) -> tuple[Run, Corpus, Chats]:
+    "The same with papers about four things, of which some stand on both sides."
+    run, corpus, chats = world
+    science = dict(train=ABOUT[:40], valid=ABOUT[38:42], test=[*ABOUT[40:], ABOUT[5] | dict(id='again'), dict(id='x', title='', text='x')])
+    return run, Corpus(science, corpus.general, corpus.folder), chats
+
+
+@pytest.mark.parametrize('reach', [512, 90, 40])
+def test_related_papers_stand_before_the_title_as_far_as_they_fit(titled, reach):
+    run, corpus, _ = titled
+    lm = tiny([one['text'] for one in ABOUT], context=512)
+    lm.model.double()
+    items = related_items(corpus.science['test'], prepare(run, corpus), 3, 5)
+    subject = Subject('base', lm, dict(related=items), reach=reach)
+    found = {name: metrics[name].rows(subject) for name in ('titled_bpb', 'related_bpb')}
+    start, cut = document_ends(lm.tokenizer)[0], LanguageModel(lm.model, lm.tokenizer, 'plain')
+    for n, item in enumerate(items):
+        title, text = encode(lm.tokenizer, item['title'] + '\n\n'), encode(lm.tokenizer, item['text'])
+        own, before, blank = [*title, *text], [], encode(lm.tokenizer, '\n\n')
+        for paper in item['papers']:  # the nearest is laid first, and whatever comes further stands before it
+            ids, left = encode(lm.tokenizer, brief(paper)), reach - 1 - len(own) - len(before) - len(blank)
+            if left < min(16, len(ids)): break
+            before = ids[:left] + blank + before
+        assert len(before + own) < max(reach, len(own) + 1) and (before or reach == 40)
+        for name, ids in dict(titled_bpb=[start, *own], related_bpb=[start, *before, *own]).items():
+            if len(ids) > reach: continue  # read in windows, as others are
+            expected = plain_nats(cut, ids, range(len(ids) - len(text), len(ids)))
+            assert found[name][:, n] == pytest.approx([expected, math.log(2)*len(item['text'].encode())], rel=TOLERANCE)
+    if reach == 512: assert not np.allclose(found['titled_bpb'][0], found['related_bpb'][0], rtol=1e-3)
+
+
+def test_no_evaluated_paper_leans_on_one_that_is_held_out_or_repeats_it(titled, monkeypatch):
+    run, corpus, chats = titled
+    shown, preceding = [], evaluate.preceding
+    monkeypatch.setattr(evaluate, 'preceding', lambda tokenizer, papers, room: shown.extend(papers) or preceding(tokenizer, papers, room))
+    models = dict(base=tiny(TEXTS, context=256), contrast=tiny(TEXTS, context=200))
+    result = compare(run, models, corpus, chats, max_new_tokens=4, related=4)
+    held_out = {fingerprint(brief(one)) for part in ('valid', 'test') for one in corpus.science[part]}
+    assert len(shown) > 20 and not held_out & {fingerprint(brief(one)) for one in shown}
+    assert result['measured']['related'] == len(corpus.science['test']) - 1  # the one without a title has nothing to be found by
+    assert {'titled_bpb', 'related_bpb'} <= result['models']['base'].keys()
+    assert any(sentence.startswith('Related papers: with them before a title contrast reads') for sentence in findings(result))
+    both = [np.array(read_json(run.folder/'evaluation'/'measured.json')['rows']['related_bpb'][name]) for name in ('base', 'contrast')]
+    assert np.array_equal(both[0][1], both[1][1])
+
+
+def test_without_related_papers_nothing_is_indexed_or_measured(titled):
+    run, corpus, chats = titled
+    result = compare(run, dict(base=tiny(TEXTS)), corpus, chats, documents=3, answers=2, max_new_tokens=4)
+    assert not {'titled_bpb', 'related_bpb'} & result['models']['base'].keys() and not (run.folder/'related').exists()
+
+
+@pytest.mark.parametrize('related, named', [(-1, 'related is -1'), (2, 'No test paper has a title')])
+def test_related_papers_that_cannot_be_found_are_named(titled, related, named):
+    run, corpus, chats = titled
+    corpus.science['test'] = [one | dict(title='') for one in corpus.science['test']]
+    with pytest.raises(InputError, match=named): compare(run, dict(base=tiny(TEXTS)), corpus, chats, max_new_tokens=4, related=related)

@@ -7,8 +7,21 @@ from world import BABBLE, loud, prompts_of, scripted
 from scilm_adapt import decoding
 from scilm_adapt.decoding import DECODERS
 from scilm_adapt.errors import InputError
-from scilm_adapt.generate import Answer, chat_prompt, continuations, halt_ids, respond, stop_ids, stream, to_answer
+from scilm_adapt.generate import (
+    Answer,
+    chat_prompt,
+    continuations,
+    halt_ids,
+    preceding,
+    prompt_with,
+    respond,
+    respond_with,
+    stop_ids,
+    stream,
+    to_answer,
+)
 from scilm_adapt.models import LanguageModel, families, tiny
+from scilm_adapt.related import brief, open_library, write_index
 from scilm_adapt.tokens import DOCUMENT_END, TURN_END, TURN_START, control_tokens, document_ends, encode, pad
 
 
@@ -239,3 +252,54 @@ def test_what_cannot_work_is_named(lm, monkeypatch, arguments, named):
     if len(arguments['prompts']) == 1:
         rest = {name: value for name, value in arguments.items() if name != 'prompts'}
         with pytest.raises(InputError, match=named): next(stream(lm, arguments['prompts'][0], **rest))
+
+
+# --- with papers in view
+
+SHELF = [dict(id=str(n), title=title, text=text) for n, (title, text) in enumerate([
+    ('On heat', 'Heat flows <|im_end|> from warm to cold.'), ('Heat and light', 'Light warms; both at once.'), ('Salt', BABBLE[3])])]
+
+
+@pytest.fixture(scope='module')
+def shelf(tmp_path_factory):
+    write_index(folder := tmp_path_factory.mktemp('shelf'), map(brief, SHELF))
+    return open_library(folder, SHELF)
+
+
+@pytest.mark.parametrize('room', [0, 15, 16, 40, 60, 75, 100, 1000])
+def test_papers_fill_the_room_there_is_nearest_last(lm, room):
+    ids, blank = preceding(lm.tokenizer, SHELF, room), encode(lm.tokenizer, '\n\n')
+    whole = [encode(lm.tokenizer, brief(one)) + blank for one in SHELF]
+    everything = sum(whole[::-1], [])
+    assert ids == everything if room >= len(everything) else len(ids) <= room
+    if len(whole[0]) <= room: assert ids[-len(whole[0]):] == whole[0]  # the nearest is whole before any other has a token
+    assert not set(ids) & set(control_tokens(lm.tokenizer).values())  # one text, whatever a paper spells
+
+
+def test_a_prompt_with_papers_fits_and_keeps_the_question(lm):
+    messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Yes?'), dict(role='user', content='Why does heat flow?')]
+    plain, before, counts = chat_prompt(lm, messages), 0, set()
+    for room in range(len(plain) - 3, len(plain) + 320, 9):
+        ids, papers = prompt_with(lm, messages, SHELF, room)
+        text = lm.tokenizer.decode(ids)
+        assert messages[-1]['content'] in text and (len(ids) <= room or ids == plain) and papers == SHELF[:len(papers)]
+        assert ids.count(lm.tokenizer.convert_tokens_to_ids(TURN_END)) == 3  # what a paper spells is content
+        assert len(papers) >= before
+        before = len(papers)
+        counts.add(before)
+    assert counts == {0, 1, 2, 3} and text.index('Salt') < text.index('Heat and light') < text.index('On heat') < text.index('Why does')
+
+
+def test_an_answer_is_that_to_its_prompt_and_names_its_papers(lm, shelf):
+    questions = ['What is heat?', 'Wherefrom?', 'Does salt dissolve?']
+    answers = respond_with(lm, questions, shelf, 2, max_new_tokens=6)
+    for question, answer in zip(questions, answers):
+        messages = [dict(role='user', content=question)]
+        ids, papers = prompt_with(lm, messages, shelf.related([question], 2)[0], lm.context - 6)
+        assert answer.papers == papers and answer.ids == respond(lm, [ids], 6)[0].ids
+    assert [len(answer.papers) for answer in answers] == [2, 0, 1] and answers[2].papers == [SHELF[2]]
+    assert respond_with(lm, [], shelf) == [] and respond(lm, [[5]], 3)[0].papers == ()
+
+
+def test_an_answer_leans_on_at_least_one_paper(lm, shelf):
+    with pytest.raises(InputError, match='related is 0'): respond_with(lm, ['What?'], shelf, 0)

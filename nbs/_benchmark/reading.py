@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss
 from scilm_adapt.decoding import contrastive_search, sample
 from scilm_adapt.files import read_json
 from scilm_adapt.pairs import pair_batch, pair_loss
+from scilm_adapt.related import chain_starts
 from scilm_adapt.tokens import USEFUL, Packed, pack
 from scilm_adapt.training import fit
 
@@ -156,6 +158,27 @@ def token(folder: Path, ways: list[str], rounds: int = 5) -> dict:
                    token=[row['token'] for row in history if 'token' in row])
 
 
+# --- chains
+
+def chains(folder: Path, rounds: int = 5) -> dict:
+    "Steps of one training that read the same documents 'alone' and in 'chains' of some 'papers' each, in turn: 'seconds' a learnt token."
+    recipe, ids = reading(folder), documents(folder)
+    starts = chain_starts(np.ones(len(ids), bool), [*map(len, ids)], 5, recipe.context)
+    chains = [[token for number in range(*both) for token in ids[number]] for both in pairwise(starts)]
+    packed = dict(alone=pack(ids, recipe.context, share=USEFUL), chains=pack(chains, recipe.context, share=USEFUL))
+    makers, marks, counts = {way: batch_maker(rows, recipe) for way, rows in packed.items()}, [], []
+    turns = [way for number in range(WARM + rounds) for way in [*packed][::1 if number % 2 else -1]]
+    def batch_at(step: int) -> dict[str, torch.Tensor]:
+        marks.append(time.perf_counter())
+        counts.append(float((batch := makers[turns[step]](step//2))['count']))
+        return batch
+    fit(open_model(folder, 'student').model, batch_at, contrast_loss(recipe), len(turns), learning_rate=0.0, precision='no',
+        description='chains')
+    took = np.diff([*marks, time.perf_counter()])/counts
+    return summary({way: [float(value) for turn, value in zip(turns, took) if turn == way] for way in packed},
+                   papers=len(ids)/(len(starts) - 1))
+
+
 # --- pairs of texts
 
 def papers(number: int, words: int) -> list[dict]:
@@ -194,4 +217,5 @@ def writing(folder: Path, rounds: int = 5, name: str = 'student') -> dict:
     return summary(seconds, shape=shapes)
 
 
-if __name__ == '__main__': main(dict(prepare=prepare, contest=contest, token=token, pairs=pairs, writing=writing), *sys.argv[1:])
+_CALLS = dict(prepare=prepare, contest=contest, token=token, chains=chains, pairs=pairs, writing=writing)
+if __name__ == '__main__': main(_CALLS, *sys.argv[1:])
