@@ -26,7 +26,7 @@ from .errors import InputError, nearest, progress_bar, say
 from .files import write_json
 from .geometry import check_margin, probe, token_contrast, token_pairs, token_weight, weight_reason
 from .mistakes import Ditto, Mistakes, check_ditto, check_mistakes, ditto_batch, ditto_loss, mistakes_loss
-from .models import LanguageModel, check_memory, hidden_states, logits_of
+from .models import LanguageModel, check_memory, hidden_states, logits_of, short_documents
 from .next_token import NextToken, check_next_token, next_token_batch, next_token_part
 from .pairs import Pairs, pair_loss, pair_maker
 from .papers import Corpus, document
@@ -257,6 +257,8 @@ def _task_for(learner: LanguageModel, recipe: Recipe, run: Run, student: Languag
     preferred = ()
     if recipe.preference_weight:
         preferred = preferences.prepare(run, student, records, recipe.preference, recipe.seed, [corpus.folder])
+    with torch.no_grad():  # InputError now for a model that gives no states, which all parts look at
+        hidden_states(student.model, dict(input_ids=short_documents(student.model), attention_mask=None))
     held_out = list(map(document, [*corpus.science['valid'][:64], *records[:64]][:64]))  # a tiny corpus holds out too few
     probed = partial(probe, documents=held_out, margin=recipe.margin, context=recipe.context)
     before, resolved = None if recipe.token_weight == 0 else probed(student), recipe

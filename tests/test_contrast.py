@@ -387,7 +387,7 @@ def test_without_chains_stage_1_reads_what_it_read(tmp_path, corpus, student, mo
     "chain=1 asks for no index, and its rows are those of papers that stand alone."
     seen = []
     monkeypatch.setattr(contrast, 'reading_order', None)  # would fail
-    monkeypatch.setattr(contrast, 'batch_maker', lambda packed, *more: seen.append(packed) or batch_maker(packed, *more))
+    monkeypatch.setattr(contrast, 'batch_maker', lambda packed, *more, **named: seen.append(packed) or batch_maker(packed, *more, **named))
     train(Run(tmp_path/'run'), student, corpus, **SETTINGS)
     plain = pack(read_tokens(tmp_path/'run'/'tokens'), SETTINGS['context'], share=contrast.USEFUL)
     for name, values in plain.whole.items(): assert np.array_equal(values, seen[0].whole[name])
