@@ -101,7 +101,7 @@ def _reference(prose: Prose, number: int) -> str:
             f'Annals of Invented Studies, {number + 3}:{100 + number}–{110 + number}, {1990 + number}.')
 
 
-def _references(prose: Prose, head: str, truth: Truth, count: int = 8, numbered: bool = False) -> str:
+def _references(prose: Prose, head: str, truth: Truth, count: int = 8) -> str:
     "A list of references, which is to be left out."
     entries = [_reference(prose, n) for n in range(1, count + 1)]
     truth.absent += [f'Author{n}' for n in (1, count)]
@@ -110,7 +110,7 @@ def _references(prose: Prose, head: str, truth: Truth, count: int = 8, numbered:
 
 
 def _body(prose: Prose, truth: Truth, heads: list[str], paragraphs: int = 3, maths: bool = False, display: bool = False,
-          notes: bool = False, extra: dict[int, str] | None = None, numbered: bool = True) -> str:
+          notes: bool = False, extra: dict[int, str] | None = None) -> str:
     "Sections of prose, noted in the truth as they are set."
     parts = []
     for place, head in enumerate(heads):
@@ -127,7 +127,7 @@ def _body(prose: Prose, truth: Truth, heads: list[str], paragraphs: int = 3, mat
             parts.append(typst); texts.append(plain)
             if display and n == 1: parts.append(prose.random.choice(DISPLAYS)); parts.append('')
         if extra and place in extra: parts.append(extra[place])
-        truth.sections.append((f'{place + 1} {head}' if numbered else head, texts))
+        truth.sections.append((head, texts))
     return '\n\n'.join(parts)
 
 
@@ -206,7 +206,8 @@ def preprint(seed: int) -> tuple[str, Truth]:
     return f'''
 #set page(paper: "us-letter", margin: (x: 1.5in, y: 1in), numbering: "1", footer: context [#if counter(page).get().first() == 1 [
   #text(9pt)[Preprint. Under review.]] else [#align(center, counter(page).display())]], background: context if
-  counter(page).get().first() == 1 {{ place(left + horizon, dx: -3.4cm, rotate(-90deg, reflow: false, text(20pt, fill: gray)[arXiv:{truth.id}v2  [cs.CL]  3 Jan 2024])) }})
+  counter(page).get().first() == 1 {{ place(left + horizon, dx: -3.4cm, rotate(-90deg, reflow: false,
+    text(20pt, fill: gray)[arXiv:{truth.id}v2  [cs.CL]  3 Jan 2024])) }})
 #set text(font: "New Computer Modern", size: 10pt, lang: "en")
 #set par(justify: true, spacing: 1em)
 #set heading(numbering: "1")
@@ -264,13 +265,7 @@ def journal(seed: int) -> tuple[str, Truth]:
 #show heading: set text(10pt)
 #place(bottom, float: true)[#line(length: 3cm) #text(8pt)[#super[\\*]Corresponding author: ada\\@nowhere.example]]
 {body}
-{_references(prose, "References", truth)}''', _numbered(truth, '{}. {}')
-
-
-def _numbered(truth: Truth, form: str) -> Truth:
-    "The truth with another form of numbers before its headings."
-    truth.sections = [(form.format(n, head.partition(' ')[2]), texts) for n, (head, texts) in enumerate(truth.sections, 1)]
-    return truth
+{_references(prose, "References", truth)}''', truth
 
 
 def article_info(seed: int) -> tuple[str, Truth]:
@@ -304,7 +299,7 @@ _Keywords:_ \\ {" #linebreak() ".join(word.capitalize() for word in truth.keywor
 #line(length: 100%)]
 #place(bottom, float: true)[#text(7pt)[https://doi.org/{truth.id} \\ Received 3 March 2024; © 2024 Published by Invented Ltd.]]
 {body}
-{_references(prose, "References", truth)}''', _numbered(truth, '{}. {}')
+{_references(prose, "References", truth)}''', truth
 
 
 def russian(seed: int) -> tuple[str, Truth]:
@@ -329,7 +324,7 @@ def russian(seed: int) -> tuple[str, Truth]:
 
 *Ключевые слова:* {", ".join(truth.keywords)}.]
 {body}
-{_references(prose, "Список литературы", truth)}''', _numbered(truth, '{}. {}')
+{_references(prose, "Список литературы", truth)}''', truth
 
 
 def mathematics(seed: int) -> tuple[str, Truth]:
@@ -348,11 +343,12 @@ def mathematics(seed: int) -> tuple[str, Truth]:
             texts.append(f'{mark} {plain}')
             typst, plain = prose.with_maths(5)
             parts.append(typst); texts.append(plain)
-        truth.sections.append((f'{number}. {head}', texts))
+        truth.sections.append((head, texts))
     truth.absent += ['MSC', 'Ada Invented']
     return f'''
 #set page(paper: "a4", margin: (x: 3.2cm, y: 3cm), header: context align(center, text(8pt, if
-  calc.even(counter(page).get().first()) [ADA INVENTED] else [AFFINE TRANSFORMATIONS])), footer: context align(center, text(8pt, counter(page).display())))
+  calc.even(counter(page).get().first()) [ADA INVENTED] else [AFFINE TRANSFORMATIONS])),
+  footer: context align(center, text(8pt, counter(page).display())))
 #set text(font: "New Computer Modern", size: 10pt, lang: "en")
 #set par(justify: true, first-line-indent: 1.2em, spacing: 0.65em)
 #set heading(numbering: "1.")
@@ -390,7 +386,7 @@ def manuscript(seed: int) -> tuple[str, Truth]:
 _Keywords:_ {", ".join(truth.keywords)}
 #line(length: 100%)
 {body}
-{_references(prose, "References", truth)}''', _numbered(truth, '{}. {}')
+{_references(prose, "References", truth)}''', truth
 
 
 def letter(seed: int) -> tuple[str, Truth]:
@@ -399,7 +395,7 @@ def letter(seed: int) -> tuple[str, Truth]:
     truth = _truth(prose, seed)
     truth.absent += ['Ada Invented', 'Dated']
     heads = ['Introduction', 'Methods', 'Results']
-    body = _body(prose, truth, heads, paragraphs=4, maths=True, numbered=False)
+    body = _body(prose, truth, heads, paragraphs=4, maths=True)
     return f'''
 #set page(paper: "us-letter", columns: 2, margin: (x: 1.9cm, y: 2cm), numbering: "1")
 #set columns(gutter: 16pt)
@@ -427,7 +423,7 @@ def spaced(seed: int) -> tuple[str, Truth]:
     prose = Prose(f'spaced {seed}')
     truth = _truth(prose, seed)
     truth.absent += ['Ada Invented', 'Margin remark']
-    body = _body(prose, truth, HEADS[:5], numbered=False,
+    body = _body(prose, truth, HEADS[:5],
                  extra={1: '#place(right, dx: 3.6cm, block(width: 3cm, text(7pt)[Margin remark: an aside at the edge of the paper.]))'})
     return f'''
 #set page(paper: "a4", margin: (left: 2.5cm, right: 4.6cm, y: 2.5cm), footer: context align(right, counter(page).display()))
