@@ -172,8 +172,9 @@ def across(seed: int) -> tuple[str, Truth]:
     prose = Prose(f'across {seed}')
     truth = _truth(prose, seed, 6, keywords=True)
     truth.absent += ['Figure 1', 'Table 1', 'axis label', 'Gamma variant', 'shows the imaginary']
-    wide = '''#place(top + center, float: true, scope: "parent")[#figure(caption: [This picture shows the imaginary outcome of all experiments.],
-rect(width: 100%, height: 4cm)[#place(bottom + center)[axis label in seconds] #place(left + horizon)[#rotate(-90deg)[axis label in watts]]
+    wide = '''#place(top + center, float: true, scope: "parent")[#figure(
+caption: [This picture shows the imaginary outcome of all experiments.], rect(width: 100%, height: 4cm)[#place(bottom + center)[axis label in seconds] 
+#place(left + horizon)[#rotate(-90deg)[axis label in watts]]
 #place(center + horizon)[legend of curves]])]'''
     table = '''#figure(caption: [All values of the imaginary table.], table(columns: 4, [Method], [Error], [Time], [Size],
 [Alpha variant], [0.12], [3.4], [12], [Beta variant], [0.34], [5.6], [34], [Gamma variant], [0.56], [7.8], [56]))'''
