@@ -316,7 +316,7 @@ _PAGE_NUMBER = re.compile(r'[-–—|\s]*(?:page|стр\.?|с\.)?\s*(?:\d{1,5}|[
 
 def _mark_margins(pages: list[list[Line]], heights: list[float], body: float) -> None:
     "Running heads and page numbers: outermost lines that come again on other pages, but for their numbers, or are but a number."
-    for round_ in range(3):
+    for _ in range(3):
         outer = []
         for page, height in zip(pages, heights):
             free = sorted((line for line in page if not line.kind), key=lambda line: line.base)
@@ -325,8 +325,8 @@ def _mark_margins(pages: list[list[Line]], heights: list[float], body: float) ->
                 if row and not 0.14 < row[0].base/height < 0.86: outer.append((row, round(row[0].base/3), free))
         drops = [drop for page in pages for drop in np.diff(sorted({line.base for line in page})) if drop > 0.5*body]
         usual = float(np.median(drops or [body]))
-        seen = Counter(key for row, _, _ in outer for key in {_without_numbers(line) for line in row})
-        places = Counter(place for _, place, _ in outer)
+        seen = Counter(key for row, *_ in outer for key in {_without_numbers(line) for line in row})
+        places = Counter(place for _row, place, _free in outer)
         for row, place, free in outer:
             rest = [abs(line.base - row[0].base) for line in free if all(line is not one for one in row)]
             apart = not rest or min(rest) > 1.25*max(usual, 1.2*body)
@@ -360,7 +360,7 @@ def _mark_tables(lines: list[Line], gutters: list[float], body: float) -> None:
     near = lambda a, b: a is not b and abs(a.base - b.base) < 2.2*body and a.box[0] < b.box[2] + 150 and b.box[0] < a.box[2] + 150
     sure = [n for n in cells if any(near(lines[n], lines[m]) and abs(lines[n].base - lines[m].base) > 0.5*body for m in cells)]
     for n in sure: lines[n].kind = 'table'
-    for n, line in enumerate(lines):  # a cell alone in its row, the head of a column
+    for line in lines:  # a cell alone in its row, the head of a column
         around = [lines[m] for m in sure if near(line, lines[m])]
         if not line.kind and len(line.words) < 4 and any(other.base < line.base for other in around) and any(
                 other.base > line.base for other in around): line.kind = 'table'

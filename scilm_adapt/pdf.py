@@ -36,7 +36,7 @@ import numpy as np
 
 import scilm_adapt
 from .errors import InputError
-from .files import content_hash, file_hash
+from .files import content_hash, drop, file_hash, lasting
 from .layout import Letters, Paper, lines_of, read_paper
 from .markup import formats as markup_formats
 from .reading import Form, Format, Opened, Refused, Row, opened
@@ -372,16 +372,16 @@ _forms = (Form('PDF', 'the largest type at the head of the first page', 'what is
 class Readers:
     """Reads PDFs in `workers` processes of their own, ahead of those who ask; use it in a `with`.
 
-    `grobid`: ask this server instead; `keep`: a file in which what was read stays for a later call (JSON Lines).
+    `grobid`: ask this server instead; `keep`: a folder, made when it is needed, in which what was read stays for a later call.
     """
     def __init__(self, workers: int = 1, limits: Limits = Limits(), grobid: Grobid | None = None, keep: str | Path | None = None):
-        self.limits, self.grobid, self.keep = limits, grobid, keep
+        self.limits, self.grobid, self.keep = limits, grobid, keep and Path(keep)
         self.pool, self.idle = ThreadPoolExecutor(workers), queue.SimpleQueue()
         self.workers = [_Worker(limits) for _ in range(workers)]
         for worker in self.workers: self.idle.put(worker)
         self.waiting: dict[str, Future] = {}
         self.lock, self.without_grobid, self.failures, self.pages = threading.Lock(), [], 0, 0
-        self.kept = _kept_in(keep)
+        self.kept = _kept_in(self.keep/_READ) if keep else {}
         self.format = Format(self.read, suffixes='pdf', magic=(b'%PDF-',), forms=_forms, begin=self.begin)
 
     def __enter__(self) -> 'Readers': return self
@@ -422,8 +422,13 @@ class Readers:
         with self.lock:
             self.pages += found.get('pages', 0)
             if self.keep and 'missing' not in found:
-                with open(self.keep, 'a', encoding='utf-8') as file: file.write(json.dumps(dict(key=key, found=found)) + '\n')
+                with open(lasting(self.keep, 'PDFs')/_READ, 'a', encoding='utf-8') as file:
+                    file.write(json.dumps(dict(key=key, found=found)) + '\n')
         return found
+
+    def forget(self) -> None:
+        "Remove what was kept, once all of it is where it belongs."
+        if self.keep and self.keep.is_dir(): drop(self.keep)
 
     def worked(self, path: str) -> dict:
         "What a worker finds."
@@ -445,11 +450,14 @@ class Readers:
             return self.worked(path) if self.grobid.otherwise_read else dict(reason=f'{error}; start it, or read without it')
 
 
-def _kept_in(path: str | Path | None) -> dict[str, dict]:
+_READ = 'read.jsonl'
+
+
+def _kept_in(path: Path) -> dict[str, dict]:
     "What an earlier call kept in a file; a last line that was cut off is dropped."
     found = {}
-    if path and Path(path).exists():
-        for line in Path(path).read_text(encoding='utf-8').splitlines():
+    if path.exists():
+        for line in path.read_text(encoding='utf-8').splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 found[entry['key']] = entry['found']

@@ -173,7 +173,8 @@ def across(seed: int) -> tuple[str, Truth]:
     truth = _truth(prose, seed, 6, keywords=True)
     truth.absent += ['Figure 1', 'Table 1', 'axis label', 'Gamma variant', 'shows the imaginary']
     wide = '''#place(top + center, float: true, scope: "parent")[#figure(
-caption: [This picture shows the imaginary outcome of all experiments.], rect(width: 100%, height: 4cm)[#place(bottom + center)[axis label in seconds] 
+caption: [This picture shows the imaginary outcome of all experiments.],
+rect(width: 100%, height: 4cm)[#place(bottom + center)[axis label in seconds]
 #place(left + horizon)[#rotate(-90deg)[axis label in watts]]
 #place(center + horizon)[legend of curves]])]'''
     table = '''#figure(caption: [All values of the imaginary table.], table(columns: 4, [Method], [Error], [Time], [Size],
