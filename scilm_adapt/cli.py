@@ -52,7 +52,7 @@ def papers(arguments: list[str]) -> int:
     parser.add_argument('sources', metavar='SOURCE', nargs='+', help="a file, folder, pattern, Hub data set, or 'installed-docs'")
     parser.add_argument('-o', '--out', metavar='DIR', help='the folder to make; one that an earlier call made is replaced, nothing else is')
     parser.add_argument('--show', metavar='PAGE', nargs='?', type=int, const=1, help='of one PDF, make no folder but a picture of a page '
-                        '(default: the first) with the boxes that are read, in their order and coloured by kind: FILE.page1.png, or -o PICTURE')
+                        '(default: the first) with the boxes that are read, numbered and coloured by kind: FILE.page1.png, or -o PICTURE')
     parser.add_argument('--grobid', metavar='URL', help='have PDFs read by this GROBID server, as http://127.0.0.1:8070')
     parser.add_argument('--grobid-only', action='store_true', help='quarantine what GROBID cannot read, rather than read it without it')
     parser.add_argument('--strict', action='store_true', help='stop at the first record that cannot be read')

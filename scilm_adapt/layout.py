@@ -150,12 +150,23 @@ def _united(parts: list[Line], blank: str = ' ') -> Line:
     boxes = np.array([part.box for part in parts])
     largest = max(parts, key=lambda part: (part.size, len(part.text)))
     weights = [len(part.text) for part in parts]
-    words = [word for part in parts for word in part.words]
-    places = [place for part in parts for place in (part.places or [(part.box[0], part.box[2])])]
-    return Line(words if blank else [''.join(words)], (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()), largest.base,
+    words, places = [], []
+    for part in parts:
+        own = part.places or [(part.box[0], part.box[2])]
+        odd = part.words[0] == '-' or abs(part.size - largest.size) > 0.15*largest.size  # which are written apart at times
+        if places and (not blank or -0.3*part.size < own[0][0] - places[-1][1] < (0.08 if odd else 0.01)*part.size):
+            off = part.size < 0.85*largest.size and abs(part.base - largest.base) > 0.1*largest.size
+            first = low_or_high(part.base < largest.base, part.words[0]) if off else part.words[0]
+            words[-1], places[-1] = words[-1] + first, (places[-1][0], own[0][1])
+            words += part.words[1:]
+            places += own[1:]
+        else:
+            words += part.words
+            places += own
+    return Line(words, (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()), largest.base,
                 largest.size, 2*sum(w for w, part in zip(weights, parts) if part.bold) > sum(weights),
                 sum(w*part.maths for w, part in zip(weights, parts))/sum(weights), parts[0].page, parts[0].kind,
-                places if blank else [])
+                places)
 
 # %% ../nbs/09_layout.ipynb #lay00025
 def _line_numbers(words: list[Line]) -> set[int]:
@@ -306,7 +317,7 @@ def _gutters(lines: list[Line]) -> list[float]:
     good = np.where((side >= 4) & (crossing <= 0.6*side), side - crossing, 0)
     if not good.any(): return []
     best = places[good == good.max(), 0]
-    middle = float(best.mean())
+    middle = float(np.split(best, np.flatnonzero(np.diff(best) > 3) + 1)[0].mean())  # of several the first
     sides = ([line for line in lines if line.box[2] <= middle], [line for line in lines if line.box[0] >= middle])
     return [*_gutters(sides[0]), middle, *_gutters(sides[1])]
 
@@ -688,7 +699,7 @@ class _Flow:
         self.state, self.body, self.headless, self.seen = 'front', body, headless, False
         self.last: Block | None = None
 
-    def kind_of(self, block: Block) -> str:
+    def kind_of(self, block: Block, following: list[Block]) -> str:
         "What the next block is: 'abstract', 'keywords', 'heading', 'body', 'front', 'notice', 'references', 'thanks'."
         text, heading = block.text, _is_heading(block, self.body)
         state, early = self.state, self.state in ('front', 'abstract', 'keywords', 'between', 'other language')
@@ -700,7 +711,8 @@ class _Flow:
         elif heading: self.state = self.after(_unnumbered(text).rstrip('.: '), block)
         elif early and _NOTICES.match(text): return 'notice'
         elif state in ('keywords', 'between'): self.state = 'body' if self.is_prose(block) else 'between'
-        elif state == 'front' and self.headless and self.is_prose(block): self.state = 'abstract'
+        elif state == 'front' and self.headless and self.is_prose(block):
+            self.state = 'abstract' if self.stands_out(block, following) else 'body'
         elif state == 'abstract' and self.leaves(block): self.state = 'body' if self.is_prose(block) else 'between'
         self.last = block
         if heading and not _ABSTRACT.fullmatch(text): return 'heading' if self.state == 'body' else self.state
@@ -715,6 +727,19 @@ class _Flow:
         if self.state == 'references' and not (numbered or known): return 'references'
         return self.state if self.state == 'front' and not (numbered or known) else 'body'
 
+    def stands_out(self, block: Block, following: list[Block]) -> bool:
+        "Whether the first prose is an abstract: a heading comes soon, or the next prose has another type or width."
+        for n, other in enumerate(following):
+            if _is_heading(other, self.body): return n < 3
+            if self.is_prose(other): return self.differs(block, other)
+        return False
+
+    def differs(self, block: Block, other: Block) -> bool:
+        "Whether two blocks have another type or, if both have lines enough to tell, another width."
+        widths = block.box[2] - block.box[0], other.box[2] - other.box[0]
+        wide = len(block.lines) > 2 and len(other.lines) > 2 and abs(widths[0] - widths[1]) > 0.15*max(widths)
+        return abs(block.size - other.size) > 0.04*block.size or wide
+
     def is_prose(self, block: Block) -> bool:
         "Whether a block is sentences: several lines of words."
         return len(block.lines) > 2 and len(block.text.split()) > 25 and sum(map(_is_wordy, block.lines)) > 0.6*len(block.lines)
@@ -722,9 +747,7 @@ class _Flow:
     def leaves(self, block: Block) -> bool:
         "Whether the abstract is over although no heading says so: the type or the width is another."
         if self.last is None or self.last.kind != 'abstract' or _ABSTRACT.fullmatch(self.last.text): return False
-        width, before = block.box[2] - block.box[0], self.last.box[2] - self.last.box[0]
-        return abs(block.size - self.last.size) > 0.04*block.size or (len(block.lines) > 2 and len(self.last.lines) > 2 and (
-            abs(width - before) > 0.15*max(width, before)))
+        return self.differs(block, self.last)
 
 
 def _is_headless(blocks: list[Block], body: float) -> bool:
@@ -743,9 +766,10 @@ def read_paper(pages: list[list[Line]], heights: list[float]) -> Paper:
     if titles: paper.title = ' '.join(_paragraphs([Block([line for block in titles for line in block.lines])], _vocabulary(paper.lines)))
     top = titles[0].box[1] if titles else -1.0
     flow = _Flow(body, _is_headless(blocks, body))
-    for block in blocks:
-        if block.kind: continue
-        block.kind = 'head' if titles and block.page == titles[0].page and block.box[3] < top + 2 else flow.kind_of(block)
+    free = [block for block in blocks if not block.kind]
+    for n, block in enumerate(free):
+        above = titles and block.page == titles[0].page and block.box[3] < top + 2
+        block.kind = 'head' if above else flow.kind_of(block, free[n + 1:n + 12])
     _gather(paper)
     for block in blocks:
         for line in block.lines: line.kind = block.kind

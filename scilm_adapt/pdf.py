@@ -28,6 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -42,41 +43,58 @@ from .markup import formats as markup_formats
 from .reading import Form, Format, Opened, Refused, Row, opened
 
 # %% ../nbs/10_pdf.ipynb #pdf00015
+_MISSING = "a PDF, and what reads it is not installed; install it (pip install 'scilm_adapt[pdf]'), or give a GROBID server"
+
+
 def _pdfium() -> object:
     "The module pypdfium2; InputError that names the extra if it is not installed."
     try: import pypdfium2
-    except ImportError: raise InputError("To read PDFs, install pypdfium2: pip install 'scilm_adapt[pdf]'.") from None
+    except ImportError: raise InputError(f'This is {_MISSING}.') from None
     return pypdfium2
 
 
 def _letters(page: object) -> Letters:
     "The letters of a page of pypdfium2, with what PDFium reads between them (blanks, ends of lines)."
     import pypdfium2.raw as raw
-    text, (width, height) = page.get_textpage(), page.get_size()
+    text, (left, bottom, right, top) = page.get_textpage(), page.get_bbox()
     as_number = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)  # the pointer as a number, which is quicker to compare
     thing_at = as_number(ctypes.cast(raw.FPDFText_GetTextObject, ctypes.c_void_p).value)
     page_at = ctypes.cast(text.raw, ctypes.c_void_p).value
     box, code, loose = raw.FS_RECTF(), raw.FPDFText_GetUnicode, raw.FPDFText_GetLooseCharBox
-    to_box, handle, fonts, styles = ctypes.byref(box), text.raw, {'': 0}, {None: (0.0, 0, 0.0, False, 0.0)}
+    to_box, handle, fonts, styles = ctypes.byref(box), text.raw, {'': 0}, {None: (0.0, 0, 0.0, False, 0.0, 0.0)}
     rows, codes = [], []
     for n in range(raw.FPDFText_CountChars(handle)):
         mark = thing_at(page_at, n)
         loose(handle, n, to_box)
-        style = styles.get(mark) or styles.setdefault(mark, _style_at(raw, handle, n, box.bottom, fonts))
+        style = styles.get(mark) or styles.setdefault(mark, _style_at(raw, handle, n, box, fonts))
         codes.append(letter := code(handle, n))
         if letter == 32 and raw.FPDFText_IsGenerated(handle, n): style = styles[None]
         rows.append((box.left, box.top, box.right, box.bottom, *style))
     text.close()
-    codes, table = _whole_codes(np.array(codes, np.int64), np.array(rows, float).reshape(-1, 9))
-    drawn = table[:, 7] > 0
+    codes, table = _whole_codes(np.array(codes, np.int64), np.array(rows, float).reshape(-1, 10))
+    drawn, boxes = table[:, 7] > 0, table[:, :4] - (left, top, left, top)
     if 2*drawn.sum() < len(table): drawn[:] = True  # the text behind a scanned page is never drawn
-    boxes, table, codes = table[:, :4], table, np.where(drawn, codes, 32)
-    boxes[:, 1::2] = height - boxes[:, 1::2]
-    return Letters(codes, boxes, boxes[:, 3] - table[:, 8], table[:, 4], table[:, 5].astype(int), table[:, 6], [*fonts], width, height)
+    boxes[:, 1::2] *= -1
+    angles, sizes, fonts_at = table[:, 6], table[:, 4], table[:, 5].astype(int)
+    quarter = round(float(np.median(angles[sizes > 0]))/90) % 4 if (sizes > 0).any() else 0
+    boxes, bases, size = _upright(boxes, table[:, 8], table[:, 9], quarter, (right - left, top - bottom))
+    return Letters(np.where(drawn, codes, 32), boxes, bases, sizes, fonts_at, (angles - 90*quarter + 180) % 360 - 180, [*fonts], *size)
 
 
-def _style_at(raw: object, text: object, at: int, bottom: float, fonts: dict[str, int]) -> tuple[float, int, float, bool, float]:
-    """(size in points, number of the font, angle in degrees, whether it is drawn, height of the base above `bottom`) of a letter.
+def _upright(boxes: np.ndarray, up: np.ndarray, aside: np.ndarray, quarter: int, size: tuple) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """(boxes, bases, size) of a page turned by quarters of a circle, so that its text runs to the right.
+
+    `up` is the height of the base above the lower edge of a box, `aside` its distance from the left edge, for text that runs up or down.
+    """
+    (x0, y0, x1, y1), (width, height) = boxes.T, size
+    if quarter == 1: return np.stack([height - y1, x0, height - y0, x1], 1), x0 + aside, (height, width)
+    if quarter == 3: return np.stack([y0, width - x1, y1, width - x0], 1), width - x0 - aside, (height, width)
+    if quarter == 2: return np.stack([width - x1, height - y1, width - x0, height - y0], 1), height - y1 + up, size
+    return boxes, y1 - up, size
+
+
+def _style_at(raw: object, text: object, at: int, box: object, fonts: dict[str, int]) -> tuple[float, int, float, bool, float, float]:
+    """(size in points, number of the font, angle in degrees, whether it is drawn, its base above and right of the box) of a letter.
 
     They are the same for all letters of a text object, but for those that PDFium made up: blanks and ends of lines.
     """
@@ -89,7 +107,7 @@ def _style_at(raw: object, text: object, at: int, bottom: float, fonts: dict[str
     scale = math.sqrt(abs(matrix.a*matrix.d - matrix.b*matrix.c))
     number = fonts.setdefault(name.value.decode('latin-1').lower(), len(fonts))
     drawn = raw.FPDFTextObj_GetTextRenderMode(thing) != raw.FPDF_TEXTRENDERMODE_INVISIBLE
-    return size.value*scale, number, math.degrees(math.atan2(matrix.b, matrix.a)), drawn, y.value - bottom
+    return size.value*scale, number, math.degrees(math.atan2(matrix.b, matrix.a)), drawn, y.value - box.bottom, x.value - box.left
 
 
 def _whole_codes(codes: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -167,11 +185,11 @@ def _has_images(document: object) -> bool:
 def _check(document: object, letters: list[Letters]) -> None:
     "NoPaper if the letters of all pages show that this is none."
     codes = np.concatenate([page.codes[page.codes > 32] for page in letters] or [np.array([], np.int64)])
+    wide = sum(page.width > 1.15*page.height for page in letters) > 0.8*len(letters)
+    if wide and 10*len(letters) < len(codes) < 900*len(letters): raise NoPaper(reasons['slides'])
     if len(codes) < 60*len(letters): raise NoPaper(reasons['scanned' if _has_images(document) else 'empty'])
     odd = (codes == 0xFFFD) | (codes >= 0xE000) & (codes <= 0xF8FF) | (codes >= 0xF0000)
     if odd.mean() > 0.2: raise NoPaper(reasons['coded'])
-    wide = sum(page.width > 1.15*page.height for page in letters)
-    if wide > 0.8*len(letters) and len(codes) < 900*len(letters): raise NoPaper(reasons['slides'])
 
 # %% ../nbs/10_pdf.ipynb #pdf00018
 def read_pdf(path: str | Path, limits: Limits = Limits(), skip: Collection[int] = (),
@@ -233,6 +251,8 @@ def _serve() -> None:
         while os.getppid() == parent: time.sleep(1)
         os._exit(0)  # whoever wanted the answers is gone
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+    allowed = [Limits().bytes]
+    threading.Thread(target=_watch_memory, args=(allowed,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     answer = sys.stdout
     sys.stdout = sys.stderr
@@ -240,21 +260,24 @@ def _serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         limits = Limits(**job['limits'])
-        _limit_memory(limits.bytes)
+        allowed.append(limits.bytes)
         try:
             found = read_pdf(job['path'], limits, job['skip'], lambda page: say(page=page))
             say(fields=fields_of(found.paper), failed=found.failed, pages=found.pages)
         except NoPaper as error: say(reason=str(error))
-        except InputError as error: say(missing=str(error))
-        except MemoryError: say(reason=f'needs more than {limits.bytes/1e9:g} GB of memory; leave it out, or make it smaller')
         except Exception as error: say(reason=f'cannot be read ({type(error).__name__}: {error}); get the file again')
 
 
-def _limit_memory(size: int) -> None:
-    "Let this process have no more than `size` bytes, where the system can do that."
-    with suppress(ImportError, ValueError, OSError):
+_TOO_LARGE = 77  # the exit code of a worker that needs more memory than it may have
+
+
+def _watch_memory(allowed: list[int]) -> None:
+    "Leave as soon as this process holds more bytes than the last of `allowed`. (Where memory is refused, PDFium reads on without a word.)"
+    with suppress(ImportError):
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        unit = 1 if sys.platform == 'darwin' else 1024
+        while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit < allowed[-1]: time.sleep(0.05)
+        os._exit(_TOO_LARGE)
 
 
 class _Worker:
@@ -302,6 +325,7 @@ class _Worker:
         except (OSError, ValueError): pass  # it died while it was written to, or in the middle of a line
         finally: timer.cancel()
         code = process.wait()
+        if code == _TOO_LARGE: return dict(reason=f'needs more than {self.limits.bytes/1e9:g} GB of memory; leave it out'), page
         if late.is_set():
             at = f' (at page {page})'*bool(page)
             return dict(reason=f'takes more than {self.limits.seconds:g} seconds{at}; leave it out'), page
@@ -408,7 +432,6 @@ class Readers:
                 Path(path).write_bytes(source.stream.read())
             self.begin(path)
             found = self.waiting.pop(path).result()
-        if 'missing' in found: raise InputError(found['missing'])
         if 'reason' in found: yield Refused(source.name, 1, found['reason'], ''); return
         source.number = 1
         yield Row(source.name, 1, found['fields'])
@@ -421,7 +444,7 @@ class Readers:
         found = self.asked(path) if self.grobid else self.worked(path)
         with self.lock:
             self.pages += found.get('pages', 0)
-            if self.keep and 'missing' not in found:
+            if self.keep and found.get('reason') != _MISSING:
                 with open(lasting(self.keep, 'PDFs')/_READ, 'a', encoding='utf-8') as file:
                     file.write(json.dumps(dict(key=key, found=found)) + '\n')
         return found
@@ -432,6 +455,7 @@ class Readers:
 
     def worked(self, path: str) -> dict:
         "What a worker finds."
+        if find_spec('pypdfium2') is None: return dict(reason=_MISSING)
         worker = self.idle.get()
         try: return worker.read(path)
         finally: self.idle.put(worker)
@@ -501,7 +525,8 @@ def draw_page(path: str | Path, number: int = 1, found: Contents | None = None) 
     document = _pdfium().PdfDocument(path)
     if not 1 <= number <= len(document): raise InputError(f'{path} has {len(document)} pages; give one of them, not {number}.')
     page = document[number - 1]
-    width, height = page.get_size()
+    width, height = found.sizes[number - 1]
+    if abs(page.get_width() - width) > 1: page.set_rotation(0)  # what is read is upright, whatever a viewer is told to do
     figure = Figure(figsize=(8, 8*height/width), dpi=130)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(page.render(scale=2).to_numpy(), extent=(0, width, height, 0))
@@ -509,8 +534,9 @@ def draw_page(path: str | Path, number: int = 1, found: Contents | None = None) 
     taken = [block for block in found.paper.blocks if block.kind in COLOURS]
     for order, block in enumerate(taken, 1):
         if block.page == number - 1: _draw_box(axes, block.box, COLOURS[block.kind], f'{order} {block.kind}')
-    for line in found.paper.lines:
-        if line.page == number - 1 and line.kind not in COLOURS: _draw_box(axes, line.box, 'grey', line.kind)
+    left_out = [line for line in found.paper.lines if line.page == number - 1 and line.kind not in COLOURS]
+    for before, line in zip([None, *left_out], left_out):
+        _draw_box(axes, line.box, 'grey', '' if before and before.kind == line.kind != 'rotated' else line.kind)
     axes.set_xlim(0, width), axes.set_ylim(height, 0), axes.axis('off')
     return figure
 
@@ -520,4 +546,4 @@ def _draw_box(axes: object, box: tuple, colour: str, name: str) -> None:
     from matplotlib.patches import Rectangle
     x0, y0, x1, y1 = box
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor=colour, alpha=0.25, linewidth=1))
-    axes.text(x0 - 2, y0, name, color=colour, fontsize=5.5, ha='right' if x0 > 60 else 'left', va='top' if x0 > 60 else 'bottom')
+    axes.text(x0 - 2, y0, name, color=colour, fontsize=5.5, ha='right' if x0 > 36 else 'left', va='top' if x0 > 36 else 'bottom')
