@@ -322,6 +322,17 @@ def _gutters(lines: list[Line]) -> list[float]:
     return [*_gutters(sides[0]), middle, *_gutters(sides[1])]
 
 
+def _all_gutters(pages: list[list[Line]]) -> list[list[float]]:
+    "The gutters of each page; one with too few lines to tell, such as the last, has those of most others if its lines allow."
+    frees = [[line for line in page if not line.kind] for page in pages]
+    found = [_gutters(free) for free in frees]
+    usual = [gutters[0] for gutters in found if len(gutters) == 1]
+    if 2*len(usual) < len(pages): return found
+    middle = float(np.median(usual)) if usual else 0.0
+    crossed = [sum(line.box[0] < middle < line.box[2] for line in free) for free in frees]
+    return [gutters or ([middle]*(4*count < len(free)) if usual else []) for gutters, free, count in zip(found, frees, crossed)]
+
+
 _PAGE_NUMBER = re.compile(r'[-–—|\s]*(?:page|стр\.?|с\.)?\s*(?:\d{1,5}|[ivxlc]{1,6})(?:\s*(?:of|/|из)\s*\d+)?[-–—|\s]*', re.IGNORECASE)
 
 
@@ -371,8 +382,8 @@ def _mark_tables(lines: list[Line], gutters: list[float], body: float) -> None:
     near = lambda a, b: a is not b and abs(a.base - b.base) < 2.2*body and a.box[0] < b.box[2] + 150 and b.box[0] < a.box[2] + 150
     sure = [n for n in cells if any(near(lines[n], lines[m]) and abs(lines[n].base - lines[m].base) > 0.5*body for m in cells)]
     for n in sure: lines[n].kind = 'table'
-    for line in lines:  # a cell alone in its row, the head of a column
-        around = [lines[m] for m in sure if near(line, lines[m])]
+    for n, line in enumerate(lines):  # a cell alone in its row, the head of a column
+        around = [lines[m] for m in sure if column[m] == column[n] and near(line, lines[m])]
         if not line.kind and len(line.words) < 4 and any(other.base < line.base for other in around) and any(
                 other.base > line.base for other in around): line.kind = 'table'
 
@@ -516,17 +527,18 @@ def _mark_blocks(blocks: list[Block], gutters: list[float], body: float) -> None
         elif block.size < 0.94*body and last and first and (_MARKED.match(block.text) or _NOTICES.match(block.text)):
             block.kind = 'footnote'
     for caption in [block for block in blocks if block.kind == 'caption']:
-        _mark_picture(caption, blocks, body)
+        _mark_picture(caption, blocks, body, edges)
 
 
-def _mark_picture(caption: Block, blocks: list[Block], body: float) -> None:
+def _mark_picture(caption: Block, blocks: list[Block], body: float, edges: list[float]) -> None:
     "The labels in a picture: blocks without sentences above a caption, up to the next that has some."
     x0, y0, x1, _ = caption.box
     above = sorted((block for block in blocks if block.box[3] <= y0 + 2 and block.box[0] < x1 + 60 and block.box[2] > x0 - 60),
                    key=lambda block: -block.box[3])
     for block in above:
         prose = sum(map(_is_wordy, block.lines)) and block.size > 0.9*body and len(block.text) > 40
-        if block.kind or prose or _is_heading(block, body): break
+        ends = block.size > 0.95*body and _ENDS.search(block.text) and any(abs(block.box[0] - edge) < 2 for edge in edges)  # a paragraph
+        if block.kind or prose or ends or _is_heading(block, body): break
         block.kind = 'picture'
 
 # %% ../nbs/09_layout.ipynb #lay00041
@@ -594,7 +606,8 @@ def _united_word(head: str, tail: str, known: Counter) -> str:
     if not first or not rest or not rest[0].islower(): return head + tail
     whole = (re.search(r'[\w-]*-$', head)[0] + re.match(r'[\w-]*', tail)[0]).lower()
     joined, hyphened = known[whole.replace('-' + rest.lower(), rest.lower(), 1)] + known[(first + rest).lower()], known[whole]
-    compound = '-' in head[:-1].rpartition(' ')[2] or first.lower() in _BEFORE_HYPHEN
+    chained = '-' in head[:-1] and (known[first.lower()] or first.lower() in ('of', 'the', 'to', 'and', 'in', 'by', 'on', 'as'))
+    compound = chained or first.lower() in _BEFORE_HYPHEN
     return head + tail if hyphened > joined or compound and not joined else head[:-1] + tail
 
 
@@ -681,10 +694,9 @@ def _ordered(pages: list[list[Line]], heights: list[float], body: float) -> list
     "The blocks of all pages in the order they are read; what is no text has its kind."
     _mark_margins(pages, heights, body)
     found = []
-    for page in pages:
-        _mark_contents(page)
+    for page in pages: _mark_contents(page)
+    for page, gutters in zip(pages, _all_gutters(pages)):
         free = [line for line in page if not line.kind]
-        gutters = _gutters(free)
         _mark_tables(free, gutters, body)
         _mark_formulas(free, gutters, body)
         blocks = [part for block in _blocks_of([line for line in free if not line.kind], body) for part in _split_at_headings(block, body)]

@@ -63,7 +63,7 @@ def test_letters_become_words(rows, words):
 
 
 def test_an_exponent_that_was_written_apart_is_still_one():
-    assert texts((50, 100, 10, 'by 10'), (90, 100, 10, 'we mean'), (75, 96, 7, '5')) == ['by 10^5 we mean']
+    assert texts((50, 100, 10, 'by 10'), (85, 100, 10, 'we mean'), (75, 96, 7, '5')) == ['by 10^5', 'we mean']
 
 
 def test_letters_parted_on_purpose_come_together_word_by_word():
@@ -145,7 +145,8 @@ def test_headings_are_told(text, bold, size, is_one):
 @pytest.mark.parametrize(('head', 'tail', 'known', 'whole'), [
     ('infor-', 'mation,', {'information': 1}, 'information,'), ('well-', 'known', {'well-known': 1}, 'well-known'),
     ('first-', 'order', {}, 'first-order'), ('tempera-', 'ture', {}, 'temperature'), ('Bose-', 'Einstein', {}, 'Bose-Einstein'),
-    ('state-of-the-', 'art', {}, 'state-of-the-art'), ('2-', 'norm', {}, '2-norm'), ('пере-', 'ходит', {}, 'переходит'),
+    ('state-of-the-', 'art', {}, 'state-of-the-art'), ('2-', 'norm', {}, '2-norm'),
+    ('three-di-', 'mensional', {}, 'three-dimensional'), ('пере-', 'ходит', {}, 'переходит'),
     ('state-of-the-', 'art', {'state-of-the-art': 2}, 'state-of-the-art'), ('(co-', 'efficient)', {'coefficient': 3}, '(coefficient)')])
 def test_cut_words_are_joined_as_the_paper_itself_has_them(head, tail, known, whole):
     assert _united_word(head, tail, Counter(known)) == whole
