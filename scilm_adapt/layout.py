@@ -37,12 +37,13 @@ class Letters:
 
 @dataclass
 class Line:
-    "Words that stand side by side: their text, box, line of writing, size of type, whether bold or mathematics, page, and what they are."
+    "Words that stand side by side: their text, box, line of writing, size of type, whether bold, slanted, mathematics, page, and what they are."
     words: list[str]
     box: tuple[float, float, float, float]
     base: float
     size: float
     bold: bool = False
+    slanted: bool = False
     maths: float = 0.0
     page: int = 0
     kind: str = ''
@@ -59,8 +60,13 @@ _LETTER = {code: letter for first, last in ((0x1D400, 0x1D7FF), (0xFB00, 0xFB06)
            if (letter := unicodedata.normalize('NFKC', chr(code))).isalnum() and code != 0x2116} | {0x2212: '−', 0x210E: 'h'}
 _HYPHENS = (0x2, 0xFFFE, 0xAD)
 _GAP = 0.15      # of the size of type: more blank than that parts words; kerning moves letters by less
-_BOLD = re.compile(r'bold|black|heavy|semib|demi|medi\b|cmbx|cmssbx|-bd')
-_MATHS = re.compile(r'math|cmmi|cmsy|cmex|msam|msbm|symbol|stix.*size|mtmi|mtsy')
+_BOLD = re.compile(r'bold|black|heavy|semib|demi|medi\b|cmbx|cmssbx|sfbx|-bd')
+_SLANTED = re.compile(r'ital|obli|slant|cmti|cmsl|sfti|-it\b')
+_MATHS = re.compile(r'math|cmmi|cmsy|cmex|msam|msbm|symbol|stix.*size|mtmi|mtsy|[tp]xmi|[tp]xsy|eufm|rsfs|wasy')
+_CONTROL = dict(zip((11, 12, 13, 14, 15, 27, 28, 29, 30, 31), 'ff fi fl ffi ffl'.split()*2))  # TeX's places of ligatures
+_ACCENTS = dict(zip((0xB4, 0x60, 0xA8, 0x2C6, 0x2DC, 0x2C7, 0xAF, 0x2D8, 0x2D9, 0x2DA, 0xB8), '\u0301\u0300\u0308\u0302\u0303\u030c\u0304'
+                    '\u0306\u0307\u030a\u0327'))
+_ACCENTED = re.compile('([{0}])([^\\W\\d_])|([^\\W\\d_])(¸)'.format(''.join(map(chr, _ACCENTS))))
 
 
 def _is_same_word(letters: Letters, at: np.ndarray, blank: np.ndarray) -> np.ndarray:
@@ -74,6 +80,8 @@ def _is_same_word(letters: Letters, at: np.ndarray, blank: np.ndarray) -> np.nda
     same_place = (np.abs(boxes[1:, 0] - boxes[:-1, 0]) < 0.01*em) & (drop < 0.01*em)  # the letters of a ligature
     script = (drop > 0.1*em) & (np.abs(np.diff(sizes)) < 0.05*em)  # as large as its neighbour, so it is no index
     near = (gap < widest*em) & (gap > -0.4*em) & (drop < 0.6*em) & ~script
+    accents = np.isin(letters.codes[at], list(_ACCENTS))
+    near |= (accents[1:] | accents[:-1]) & (gap > -0.9*em) & (gap < 0.1*em) & (drop < 0.6*em)  # TeX draws them over or under their letter
     return ~np.isin(np.arange(1, len(at)), np.searchsorted(at, np.flatnonzero(blank))) & (near | same_place)
 
 
@@ -93,21 +101,29 @@ def _with_scripts(text: list[str], bases: np.ndarray, sizes: np.ndarray) -> str:
     return found
 
 
+def _composed(match: re.Match) -> str:
+    "A letter with the accent that was drawn over or under it."
+    accent, letter = (match[1], match[2]) if match[1] else (match[4], match[3])
+    return unicodedata.normalize('NFC', letter.replace('ı', 'i').replace('ȷ', 'j') + _ACCENTS[ord(accent)])
+
+
 def _words(letters: Letters) -> list[Line]:
     "The words of a page, each a line of its own, in the order they were written."
     drawn = letters.sizes > 0.5  # the others PDFium made up
-    at = np.flatnonzero(((letters.codes > 32) & (letters.codes != 160) | np.isin(letters.codes, _HYPHENS)) & drawn)
+    at = np.flatnonzero(((letters.codes > 32) & (letters.codes != 160) | np.isin(letters.codes, (*_HYPHENS, *_CONTROL))) & drawn)
     if not len(at): return []
     cuts = np.flatnonzero(np.concatenate([[True], ~_is_same_word(letters, at, np.isin(letters.codes, (32, 160)) & drawn), [True]]))
-    text = ['-' if code in _HYPHENS else _LETTER.get(code) or chr(code) for code in letters.codes[at].tolist()]
+    text = ['-' if code in _HYPHENS else _LETTER.get(code) or _CONTROL.get(code) or chr(code) for code in letters.codes[at].tolist()]
     bold = np.array([bool(_BOLD.search(name)) for name in letters.fonts])[letters.styles[at]]
+    slanted = np.array([bool(_SLANTED.search(name)) for name in letters.fonts])[letters.styles[at]]
     maths = np.array([bool(_MATHS.search(name)) for name in letters.fonts])[letters.styles[at]]
+    accented = np.logical_or.reduceat(np.isin(letters.codes[at], list(_ACCENTS)), cuts[:-1])
     boxes, bases, sizes = letters.boxes[at], letters.bases[at], letters.sizes[at]
     starts = cuts[:-1]
     low, high = np.minimum.reduceat(boxes, starts), np.maximum.reduceat(boxes, starts)
     largest, smallest = np.maximum.reduceat(sizes, starts), np.minimum.reduceat(sizes, starts)
     spread = np.maximum.reduceat(bases, starts) - np.minimum.reduceat(bases, starts)
-    bolds, formal = np.add.reduceat(bold, starts), np.add.reduceat(maths, starts)
+    bolds, formal, slants = (np.add.reduceat(which, starts) for which in (bold, maths, slanted))
     base = bases[starts]
     plain = (smallest > 0.85*largest) & (spread < 0.1*largest)
     found = []
@@ -117,8 +133,9 @@ def _words(letters: Letters) -> list[Line]:
             main = sizes[start:end] > 0.85*largest[n]
             line = np.median(bases[start:end][main])
             word = _with_scripts(text[start:end], bases[start:end], sizes[start:end])
+        if accented[n]: word = _ACCENTED.sub(_composed, word)
         if word: found.append(Line([word], (low[n, 0], low[n, 1], high[n, 2], high[n, 3]), float(line), float(largest[n]),
-                                   2*bolds[n] > end - start, formal[n]/(end - start)))
+                                   2*bolds[n] > end - start, 2*slants[n] > end - start, formal[n]/(end - start)))
     return found
 
 # %% ../nbs/09_layout.ipynb #lay00022
@@ -165,6 +182,7 @@ def _united(parts: list[Line], blank: str = ' ') -> Line:
             places += own
     return Line(words, (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()), largest.base,
                 largest.size, 2*sum(w for w, part in zip(weights, parts) if part.bold) > sum(weights),
+                2*sum(w for w, part in zip(weights, parts) if part.slanted) > sum(weights),
                 sum(w*part.maths for w, part in zip(weights, parts))/sum(weights), parts[0].page, parts[0].kind,
                 places)
 
@@ -507,7 +525,7 @@ _NOTICES = re.compile(
     r'\(c\) \d{4}|'
     r'received:? |accepted:? |available online|published online|article history|contents lists? available|e-?mail|corresponding author|'
     r'this (?:work|article|paper) is licensed|creative commons|all rights reserved|doi:|https?://(?:dx\.)?doi\.org|arxiv:|issn|'
-    r'authors?[’\']s? addresses?|acm reference format|ccs concepts|\d{4} mathematics subject|msc ?\d{4}|pacs|jel class|'
+    r'authors?[’\']s? addresses?|correspondence to|proceedings of|\W?equal contribution|published (?:as|in)|acm reference format|ccs concepts|\d{4} mathematics subject|msc ?\d{4}|pacs|jel class|'
     r'удк|ббк|поступила|© |\(dated:', re.IGNORECASE)
 
 
@@ -522,17 +540,20 @@ def _mark_blocks(blocks: list[Block], gutters: list[float], body: float) -> None
         last = not any(column[m] == column[n] and blocks[m].box[1] > y0 for m in prose)
         first = any(column[m] == column[n] and blocks[m].box[3] <= y0 + 2 for m in prose)
         if _CAPTION.match(block.lines[0].text): block.kind = 'caption'
+        elif block.page and block.size < 0.85*body and len(block.text.split()) < 8 and not any(map(_is_wordy, block.lines)):
+            block.kind = 'label'
         elif edges and block.size < 0.94*body and x1 - x0 < 0.6*widest and (
                 x0 > max(edges) - 2 or x1 < min(edges) + 2): block.kind = 'side note'
         elif block.size < 0.94*body and last and first and (_MARKED.match(block.text) or _NOTICES.match(block.text)):
             block.kind = 'footnote'
     for caption in [block for block in blocks if block.kind == 'caption']:
-        _mark_picture(caption, blocks, body, edges)
+        _mark_picture(caption, blocks, body, edges, gutters)
 
 
-def _mark_picture(caption: Block, blocks: list[Block], body: float, edges: list[float]) -> None:
+def _mark_picture(caption: Block, blocks: list[Block], body: float, edges: list[float], gutters: list[float]) -> None:
     "The labels in a picture: blocks without sentences above a caption, up to the next that has some."
     x0, y0, x1, _ = caption.box
+    if any(x0 < gutter < x1 for gutter in gutters): x0, x1 = -np.inf, np.inf  # a picture over all columns
     above = sorted((block for block in blocks if block.box[3] <= y0 + 2 and block.box[0] < x1 + 60 and block.box[2] > x0 - 60),
                    key=lambda block: -block.box[3])
     for block in above:
@@ -547,7 +568,10 @@ _NUMBERED = re.compile(r'\A(?:section\s+|§\s?)?((?:\d{1,2}(?:\.\d{1,2}){0,3}|[I
 _ABSTRACT = re.compile(r'\A(?:abstract|summary|аннотация|резюме|реферат)(?:\s*[.:—–-]+\s*|\s*$|'
                        r'\s+(?=(?-i:[A-ZА-ЯЁ])[^\W_]*\s+(?-i:[^A-ZА-ЯЁ\s])))', re.IGNORECASE)
 _KEYWORDS = re.compile(r'\A(?:key\s?-?words?(?: and phrases)?|index terms|ключевые слова(?: и фразы)?)'
-                       r'(?:\s*[.:—–-]+\s*|\s*$)', re.IGNORECASE)
+                       r'(?:\s*[.:—–-]+\s*|\s*$|\s+(?=(?-i:[A-ZА-Я])))', re.IGNORECASE)
+_FRONT = re.compile(r'ccs concepts|acm reference format|general terms|categories and subject descriptors|(?:graphical )?abstract|highlights|'
+                    r'article info\w*|significance(?: statement)?|author summary|plain language summary|(?:video|contents|nomenclature)',
+                    re.IGNORECASE)
 _REFERENCES = re.compile(r'(?:references?(?: and notes| cited)?|bibliography|works cited|literature(?: cited)?|литература|'
                          r'(?:библиографический )?список (?:использованн\w+ )?(?:литературы|источников)|библиография)[.:]?', re.IGNORECASE)
 _BACK_MATTER = re.compile(
@@ -573,7 +597,8 @@ def _is_heading(block: Block, body: float) -> bool:
     letters = sum(map(str.isalpha, name))
     if len(lines) > 3 or len(text.split()) > 16 or letters < 3 or letters < 0.6*len(name.replace(' ', '')): return False
     known = any(pattern.fullmatch(name) for pattern in (_USUAL, _REFERENCES, _BACK_MATTER)) or bool(_ABSTRACT.fullmatch(text))
-    loud = all(line.bold for line in lines) or block.size > 1.06*body or name.isupper() and letters > 3
+    slanted = numbered and len(lines) == 1 and lines[0].slanted and len(text.split()) < 10
+    loud = all(line.bold for line in lines) or slanted or block.size > 1.06*body or name.isupper() and letters > 3
     if known: return len(lines) == 1 and text[0].isupper() or numbered and len(lines) == 1
     ends = re.search(r'[.,;:]$', text) and not (numbered and text.endswith('.') and len(text.split()) < 8)
     return loud and not ends and (name[0].isupper() or numbered) and max(line.maths for line in lines) < 0.5
@@ -715,10 +740,11 @@ class _Flow:
         "What the next block is: 'abstract', 'keywords', 'heading', 'body', 'front', 'notice', 'references', 'thanks'."
         text, heading = block.text, _is_heading(block, self.body)
         state, early = self.state, self.state in ('front', 'abstract', 'keywords', 'between', 'other language')
+        if state == 'keywords' and self.last is not None and _KEYWORDS.fullmatch(self.last.text): self.last = block; return 'keywords'
         if early and _ABSTRACT.match(text) and not self.seen: self.state, self.seen = 'abstract', True
         elif early and _ABSTRACT.match(text) and state != 'abstract': self.state = 'other language'
         elif _KEYWORDS.match(text) and early:
-            if state != 'abstract' or self.last is None or not _ABSTRACT.fullmatch(self.last.text): self.state = 'keywords'
+            if state != 'abstract' or self.last is None or not _ABSTRACT.fullmatch(self.last.text): self.state, self.last = 'keywords', block
             return 'keywords'  # beside the abstract, whose name has been read, the abstract is still to come
         elif heading: self.state = self.after(_unnumbered(text).rstrip('.: '), block)
         elif early and _NOTICES.match(text): return 'notice'
@@ -733,6 +759,7 @@ class _Flow:
     def after(self, name: str, block: Block) -> str:
         "The state that a heading leads to."
         if _ABSTRACT.fullmatch(name): return 'abstract'
+        if _FRONT.fullmatch(name): return 'front' if self.state == 'front' else 'between'
         if _REFERENCES.fullmatch(name): return 'references'
         if _BACK_MATTER.fullmatch(name): return 'thanks'
         numbered, known = _NUMBERED.match(block.text), _USUAL.fullmatch(name)
@@ -782,6 +809,7 @@ def read_paper(pages: list[list[Line]], heights: list[float]) -> Paper:
     for n, block in enumerate(free):
         above = titles and block.page == titles[0].page and block.box[3] < top + 2
         block.kind = 'head' if above else flow.kind_of(block, free[n + 1:n + 12])
+    _mark_unnamed_references(blocks)
     _gather(paper)
     for block in blocks:
         for line in block.lines: line.kind = block.kind
@@ -802,6 +830,15 @@ def _drop_note_marks(blocks: list[Block]) -> None:
                       for word in line.words]
 
 
+def _mark_unnamed_references(blocks: list[Block]) -> None:
+    "Entries [1], [2], … at the end of a paper that has no heading for them."
+    body = [n for n, block in enumerate(blocks) if block.kind == 'body']
+    if any(block.kind == 'references' for block in blocks): return
+    starts = [n for n in body if re.match(r'\[1\]\s', blocks[n].text)]
+    if starts and re.search(r'\[2\]\s', ' '.join(blocks[n].text for n in body if n >= starts[-1])):
+        for n in body[body.index(starts[-1]):]: blocks[n].kind = 'references'
+
+
 def _gather(paper: Paper) -> None:
     "Abstract, key words and sections out of the blocks and their kinds."
     _drop_note_marks(paper.blocks)
@@ -810,9 +847,9 @@ def _gather(paper: Paper) -> None:
     texts = _paragraphs([block for block in by_kind('abstract') if not _ABSTRACT.fullmatch(block.text)], known)
     if texts: texts[0] = _ABSTRACT.sub('', texts[0], count=1)
     paper.abstract = '\n\n'.join(text for text in texts if text)
-    for block in by_kind('keywords')[:2]:
+    for block in [block for block in by_kind('keywords') if not _KEYWORDS.fullmatch(block.text)][:2]:
         said = _KEYWORDS.sub('', ' '.join(_paragraphs([block], known)), count=1)
-        paper.keywords += _split_keywords(said, [line.text for line in block.lines[1:]])
+        paper.keywords += _split_keywords(said, [line.text for line in block.lines[bool(_KEYWORDS.match(block.text)):]])
     title, part = '', []
     def settle() -> None:
         if text := '\n\n'.join(_paragraphs(part, known)): paper.sections.append(dict(title=title, text=text))

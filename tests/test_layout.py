@@ -57,6 +57,8 @@ HEAD = [(120, 80, 16, 'How heat flows in thin plates'), (230, 105, 10, 'A. Inven
     ([(50, 100, 10, 'plates'), (80, 96, 7, '12,13')], ['plates']), ([(50, 100, 10, 'plates.'), (85, 96, 7, '*')], ['plates.']),
     ([(50, 100, 10, 'cm'), (60, 96, 7, '2')], ['cm^2']), ([(50, 100, 10, 'K'), (55, 96, 7, '−1')], ['K^(−1)', 'K^−1']),
     ([(50, 100, 10, 'e\ufb03cient \U0001d465')], ['efficient x']), ([(50, 100, 10, 'A'), (54.7, 100, 10, 'V')], ['AV']),
+    ([(50, 100, 10, 'na'), (60, 100, 10, '\xa8'), (60, 100, 10, '\u0131'), (65, 100, 10, 've')], ['naïve']),
+    ([(50, 100, 10, 'e\x0ecient')], ['efficient']),
     ([(50, 100, 10, 'heat'), (72.5, 100, 10, 'flows')], ['heat flows'])])
 def test_letters_become_words(rows, words):
     assert ' '.join(texts(*rows)) in words
@@ -106,6 +108,19 @@ def test_everything_that_is_no_text_has_its_kind():
     found = Counter(line.kind for line in paper([HEAD[0], *first], second).lines)
     assert found['margin'] == 4 and found['table'] == 12 and found['formula'] == 2 and found['caption'] == found['footnote'] == 1
     assert found['body'] == 48
+
+
+def test_front_matter_by_its_names_is_no_section():
+    rows = [*HEAD, (50, 215, 12, 'CCS CONCEPTS', 'bold'), (50, 230, 10, 'Heat, cold and all that is between the two.'),
+            (50, 250, 12, 'KEYWORDS', 'bold'), (50, 265, 10, 'heat, cold'), (50, 290, 12, '1 Introduction', 'bold'), *column(50, 305, 9)]
+    found = paper(rows)
+    assert [section['title'] for section in found.sections] == ['Introduction'] and found.keywords == ['heat', 'cold']
+
+
+def test_references_without_a_heading_are_left_out():
+    rows = [*HEAD, (50, 215, 12, '1 Introduction', 'bold'), *column(50, 230, 9), (50, 360, 10, '[1] A. Author, On heat, 1822.'),
+            (50, 372, 10, '[2] B. Author, On cold, 1824.')]
+    assert 'Author' not in str(paper(rows).sections)
 
 
 def test_a_body_line_at_the_edge_of_a_page_is_no_running_head():

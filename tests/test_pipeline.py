@@ -192,8 +192,11 @@ def test_twenty_pdfs_go_all_the_way(texts, tmp_path):
     chosen = sorted(made, key=lambda key: side[key] == 'train')[:20]  # of twenty, some have to be held out
     (tmp_path/'my-pdfs').mkdir()
     for name, seed in chosen: (tmp_path/'my-pdfs'/f'{name}{seed}.pdf').write_bytes(made[name, seed][0])
-    preset = dict(student='zoo:student', teacher='zoo:teacher', general=str(texts['tales']), context=384, batch_size=2, conversations=20,
-                  teacher_answers=0, documents=4, questions=2, general_share=0.0)
+    words = [truth.text for _, truth in made.values()]
+    for name, hidden in (('student', 32), ('teacher', 48)):
+        models.save(models.tiny(words, 'llama', size=1500, hidden=hidden, context=512), tmp_path/name)
+    preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), general=str(texts['tales']), context=384, batch_size=2,
+                  conversations=20, teacher_answers=0, documents=4, questions=2, general_share=0.0)
     preset |= {'contrast.steps': 1, 'distil.steps': 1, 'distil.probe_every': 0}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     done = scilm(tmp_path, 'run', '-f', 'small.yaml', '-p', 'papers', 'my-pdfs/', '-o', 'mine')
