@@ -186,7 +186,7 @@ def _united(parts: list[Line], blank: str = ' ') -> Line:
                 sum(w*part.maths for w, part in zip(weights, parts))/sum(weights), parts[0].page, parts[0].kind,
                 places)
 
-# %% ../nbs/09_layout.ipynb #lay00025
+
 def _line_numbers(words: list[Line]) -> set[int]:
     "The places of those words that number the lines of a manuscript: numbers one below the other that count on, with nothing beside."
     numbers = [n for n, word in enumerate(words) if re.fullmatch(r'\d{1,4}', word.words[0])]
@@ -205,7 +205,7 @@ def _line_numbers(words: list[Line]) -> set[int]:
     left, right = min(box[0] for box in outer), max(box[2] for box in outer)
     return {n for n in found if words[n].box[2] <= left + 1 or words[n].box[0] >= right - 1}
 
-# %% ../nbs/09_layout.ipynb #lay00028
+# %% ../nbs/09_layout.ipynb #lay00025
 _LABEL = re.compile(r'[(\[]?(?:\d{1,3}|[a-z]|[ivx]{1,4})[.)\]]|\d{1,2}(?:\.\d{1,2})*\.?|[IVX]{1,4}\.|[A-H]\.?|§ ?\d+|[•●▪■◦‣–—-]')
 
 
@@ -299,7 +299,7 @@ def _turned(letters: Letters) -> Letters:
     return Letters(letters.codes, boxes, np.round(x1), letters.sizes, letters.styles, np.zeros(len(boxes)), letters.fonts,
                    letters.height, letters.width)
 
-# %% ../nbs/09_layout.ipynb #lay00031
+# %% ../nbs/09_layout.ipynb #lay00028
 def body_size(pages: list[list[Line]]) -> float:
     "The size of type that most letters have."
     counts = Counter()
@@ -428,7 +428,7 @@ def _mark_formulas(lines: list[Line], gutters: list[float], body: float) -> None
         if not line.kind and len(line.words) < 4 and line.box[0] > edge(line) + body and any(
                 line.box[1] < other.box[3] and other.box[1] < line.box[3] for other in formulas): line.kind = 'formula'
 
-# %% ../nbs/09_layout.ipynb #lay00034
+# %% ../nbs/09_layout.ipynb #lay00031
 @dataclass
 class Block:
     "Lines one below the other, in one style: their box and what they are."
@@ -474,7 +474,7 @@ def _blocks_of(lines: list[Line], body: float) -> list[Block]:
         a, b = lines[n], lines[m]
         usual = leading.get(round(2*a.size)/2, (2.2/1.25 if a.size > 1.15*body else 1.25)*a.size)
         inset = a.size < 1.1*body and a.box[0] > b.box[0] + 2*a.size and a.box[2] < b.box[2] - 2*a.size  # a centred line above text
-        if abs(a.size - b.size) < 0.06*a.size and a.bold == b.bold and b.base - a.base < 1.25*usual and not inset:
+        if abs(a.size - b.size) < 0.06*a.size and (a.bold, a.slanted) == (b.bold, b.slanted) and b.base - a.base < 1.25*usual and not inset:
             chain[n] = m
             taken.add(m)
     found = []
@@ -515,7 +515,7 @@ def _reading_order(blocks: list[Block], gutters: list[float]) -> list[Block]:
         order.append(blocks[best]); waiting.discard(best)
     return order
 
-# %% ../nbs/09_layout.ipynb #lay00038
+# %% ../nbs/09_layout.ipynb #lay00034
 _CAPTION = re.compile(r'(?:fig(?:ure|\.)?|table|tab\.|scheme|algorithm|listing|plate|chart|extended data (?:fig(?:ure|\.)?|table)|'
                       r'рис(?:\.|унок)|табл(?:\.|ица)|схема|листинг)\s*[A-ZА-Я]?\.?\d+(?:\.\d+)?[a-z]?'
                       r'(?:\s*[.:|—–-]|\s*$|\s+(?-i:[A-ZА-Я(]))', re.IGNORECASE)
@@ -523,7 +523,7 @@ _MARKED = re.compile(r'\^?(?:\d{1,3}|[*∗†‡§¶#]+|[a-z]\))\s?[^\W\d_]?')
 _NOTICES = re.compile(
     r'preprint submitted to|submitted to (?:the )?\w+|preprint\b.{0,40}under review|under review|permission to make digital|copyright|©|'
     r'\(c\) \d{4}|'
-    r'received:? |accepted:? |available online|published online|article history|contents lists? available|e-?mail|corresponding author|'
+    r'(?:manuscript )?(?:received|revised|accepted):? |available online|published online|article history|contents lists? available|e-?mail|corresponding author|'
     r'this (?:work|article|paper) is licensed|creative commons|all rights reserved|doi:|https?://(?:dx\.)?doi\.org|arxiv:|issn|'
     r'authors?[’\']s? addresses?|correspondence to|proceedings of|\W?equal contribution|published (?:as|in)|acm reference format|ccs concepts|\d{4} mathematics subject|msc ?\d{4}|pacs|jel class|'
     r'удк|ббк|поступила|© |\(dated:', re.IGNORECASE)
@@ -562,7 +562,7 @@ def _mark_picture(caption: Block, blocks: list[Block], body: float, edges: list[
         if block.kind or prose or ends or _is_heading(block, body): break
         block.kind = 'picture'
 
-# %% ../nbs/09_layout.ipynb #lay00041
+# %% ../nbs/09_layout.ipynb #lay00037
 _NUMBERED = re.compile(r'\A(?:section\s+|§\s?)?((?:\d{1,2}(?:\.\d{1,2}){0,3}|[IVX]{1,5}|[A-H](?:\.\d{1,2}){0,2}))'
                        r'(?:[.)]\s*|\s+)(?=[^\W\d_])')
 _ABSTRACT = re.compile(r'\A(?:abstract|summary|аннотация|резюме|реферат)(?:\s*[.:—–-]+\s*|\s*$|'
@@ -598,17 +598,27 @@ def _is_heading(block: Block, body: float) -> bool:
     if len(lines) > 3 or len(text.split()) > 16 or letters < 3 or letters < 0.6*len(name.replace(' ', '')): return False
     known = any(pattern.fullmatch(name) for pattern in (_USUAL, _REFERENCES, _BACK_MATTER)) or bool(_ABSTRACT.fullmatch(text))
     slanted = numbered and len(lines) == 1 and lines[0].slanted and len(text.split()) < 10
-    loud = all(line.bold for line in lines) or slanted or block.size > 1.06*body or name.isupper() and letters > 3
+    roman = re.match(r'[IVX]+\.\s', text) and len(lines) == 1 and len(text.split()) < 9
+    loud = all(line.bold for line in lines) or slanted or roman or block.size > 1.06*body or name.isupper() and letters > 3
     if known: return len(lines) == 1 and text[0].isupper() or numbered and len(lines) == 1
     ends = re.search(r'[.,;:]$', text) and not (numbered and text.endswith('.') and len(text.split()) < 8)
     return loud and not ends and (name[0].isupper() or numbered) and max(line.maths for line in lines) < 0.5
 
 
+def _is_centred_heading(line: Line, block: Block) -> bool:
+    "Whether a line within a block is numbered as a heading and stands in the middle."
+    left, right = line.box[0] - block.box[0], block.box[2] - line.box[2]
+    middle = min(left, right) > 1.5*line.size and abs(left - right) < 1.2*line.size
+    return middle and len(line.words) < 10 and bool(_NUMBERED.match(line.text)) and not line.text.endswith('.')
+
+
 def _split_at_headings(block: Block, body: float) -> list[Block]:
     "A block with headings that have the type and distance of the text as blocks of their own."
     if len(block.lines) < 2: return [block]
-    at = next((n for n, line in enumerate(block.lines[1:], 1) if _KEYWORDS.match(line.text) or _ABSTRACT.match(line.text)), 0)
+    at = next((n for n, line in enumerate(block.lines[1:], 1) if _KEYWORDS.match(line.text) or _ABSTRACT.match(line.text)
+               or _is_centred_heading(line, block)), 0)
     if at: return [part for lines in (block.lines[:at], block.lines[at:]) for part in _split_at_headings(Block(lines, block.kind), body)]
+    if _is_centred_heading(block.lines[0], block): return [Block(block.lines[:1]), *_split_at_headings(Block(block.lines[1:]), body)]
     first = Block(block.lines[:1], block.kind)
     name = _unnumbered(first.text).rstrip('.: ')
     capitals = name.isupper() and len(name) > 4 and first.lines[0].width < 0.7*block.lines[1].width and not block.lines[1].text.isupper()
@@ -616,7 +626,7 @@ def _split_at_headings(block: Block, body: float) -> list[Block]:
     if not alone or not first.text[0].isalnum() or block.lines[1].text[:1].islower(): return [block]
     return [first, *_split_at_headings(Block(block.lines[1:], block.kind), body)]
 
-# %% ../nbs/09_layout.ipynb #lay00044
+# %% ../nbs/09_layout.ipynb #lay00040
 _ENDS = re.compile(r'[.!?:…][)\]”"’»]*$')
 
 
@@ -660,7 +670,7 @@ def _paragraphs(blocks: list[Block], known: Counter) -> list[str]:
             else: found[-1] = f'{last} {text}'
     return found
 
-# %% ../nbs/09_layout.ipynb #lay00047
+# %% ../nbs/09_layout.ipynb #lay00043
 @dataclass
 class Paper:
     "What a PDF holds: title, abstract, sections ({'title', 'text'}), key words, DOI or arXiv id, and all lines with their kinds."
@@ -714,7 +724,7 @@ def _split_keywords(text: str, lines: list[str]) -> list[str]:
     parts = re.split(r'\s*[;·•]\s*', text) if re.search('[;·•]', text) else re.split(r',\s*', text) if ',' in text else lines
     return [word for part in parts if (word := part.strip(' .,')) and len(word) < 80]
 
-# %% ../nbs/09_layout.ipynb #lay00050
+# %% ../nbs/09_layout.ipynb #lay00046
 def _ordered(pages: list[list[Line]], heights: list[float], body: float) -> list[Block]:
     "The blocks of all pages in the order they are read; what is no text has its kind."
     _mark_margins(pages, heights, body)
@@ -733,17 +743,18 @@ def _ordered(pages: list[list[Line]], heights: list[float], body: float) -> list
 class _Flow:
     "Where in a paper we are while its blocks go by: front, abstract, keywords, between, body, references, thanks."
     def __init__(self, body: float, headless: bool):
-        self.state, self.body, self.headless, self.seen = 'front', body, headless, False
+        self.state, self.body, self.headless, self.seen, self.named = 'front', body, headless, False, False
         self.last: Block | None = None
 
     def kind_of(self, block: Block, following: list[Block]) -> str:
         "What the next block is: 'abstract', 'keywords', 'heading', 'body', 'front', 'notice', 'references', 'thanks'."
         text, heading = block.text, _is_heading(block, self.body)
         state, early = self.state, self.state in ('front', 'abstract', 'keywords', 'between', 'other language')
-        if state == 'keywords' and self.last is not None and _KEYWORDS.fullmatch(self.last.text): self.last = block; return 'keywords'
+        if self.named: self.named = False; return 'keywords'
         if early and _ABSTRACT.match(text) and not self.seen: self.state, self.seen = 'abstract', True
         elif early and _ABSTRACT.match(text) and state != 'abstract': self.state = 'other language'
         elif _KEYWORDS.match(text) and early:
+            self.named = bool(_KEYWORDS.fullmatch(text))
             if state != 'abstract' or self.last is None or not _ABSTRACT.fullmatch(self.last.text): self.state, self.last = 'keywords', block
             return 'keywords'  # beside the abstract, whose name has been read, the abstract is still to come
         elif heading: self.state = self.after(_unnumbered(text).rstrip('.: '), block)
@@ -806,9 +817,13 @@ def read_paper(pages: list[list[Line]], heights: list[float]) -> Paper:
     top = titles[0].box[1] if titles else -1.0
     flow = _Flow(body, _is_headless(blocks, body))
     free = [block for block in blocks if not block.kind]
+    named = lambda block: _ABSTRACT.match(block.text) or _KEYWORDS.match(block.text)
+    first = [block for block in free if titles and block.page == titles[0].page and block.box[1] > top]
+    begins = min((block.box[1] for block in first if named(block) or flow.is_prose(block) or _is_heading(block, body)), default=-1.0)
     for n, block in enumerate(free):
-        above = titles and block.page == titles[0].page and block.box[3] < top + 2
-        block.kind = 'head' if above else flow.kind_of(block, free[n + 1:n + 12])
+        first_page, low = titles and block.page == titles[0].page, block.box[3]
+        if first_page and top + 2 <= low < begins + 2 and not named(block): block.kind = 'front'  # authors side by side, over the columns
+        else: block.kind = 'head' if first_page and low < top + 2 else flow.kind_of(block, free[n + 1:n + 12])
     _mark_unnamed_references(blocks)
     _gather(paper)
     for block in blocks:

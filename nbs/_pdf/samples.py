@@ -442,8 +442,86 @@ def spaced(seed: int) -> tuple[str, Truth]:
 {_references(prose, "References", truth)}''', _upper(truth)
 
 
+def transactions(seed: int) -> tuple[str, Truth]:
+    "Two narrow columns, a large title, authors side by side, abstract and index terms in bold, Roman numbers, slanted subheadings, a list."
+    prose = Prose(f'transactions {seed}')
+    truth, parts = _truth(prose, seed, 6, keywords=True), []
+    truth.absent += ['Ada Invented', 'Manuscript received', 'TRANSACTIONS', 'Fictitious, Fellow']
+    for place, head in enumerate(HEADS[:5]):
+        texts = [prose.paragraph() for _ in range(2)]
+        parts += [f'= {head}', *map(_escape, texts)]
+        truth.sections.append((head, texts))
+        for sub in ('Data collection', 'Statistical evaluation') if place in (1, 2) else ():
+            texts = [prose.paragraph(4) for _ in range(2)]
+            parts += [f'== {sub}', *map(_escape, texts)]
+            truth.sections.append((sub, texts))
+        if place == 3:
+            items = [prose.sentence() for _ in range(3)]
+            parts.append('\n'.join(f'+ {_escape(item)}' for item in items))
+            truth.sections[-1][1].append(' '.join(f'{n}. {item}' for n, item in enumerate(items, 1)))
+    body = '\n\n'.join(parts)
+    return f'''
+#set page(paper: "us-letter", columns: 2, margin: (x: 0.64in, y: 0.75in), header: context text(7pt)[
+  TRANSACTIONS ON INVENTED STUDIES, VOL. 12, NO. 3, MAY 2024 #h(1fr) #counter(page).display()])
+#set columns(gutter: 12pt)
+#set text(font: "Libertinus Serif", size: 10pt, lang: "en")
+#set par(justify: true, first-line-indent: 1em, spacing: 0.55em, leading: 0.55em)
+#set heading(numbering: "I.A.")
+#show heading.where(level: 1): it => align(center, text(10pt, weight: "regular")[
+  #counter(heading).display("I.") #h(0.3em) #smallcaps(it.body)])
+#show heading.where(level: 2): it => block(text(10pt, weight: "regular", style: "italic")[
+  #numbering("A.", counter(heading).get().last()) #it.body])
+#place(top + center, float: true, scope: "parent", clearance: 2em)[#set par(first-line-indent: 0pt)
+#text(24pt)[{truth.title}]
+
+#grid(columns: (1fr, 1fr, 1fr), [Ada Invented, \\ _Member_], [Boris Imagined \\ _University_], [Carla Fictitious, Fellow])]
+#text(9pt, weight: "bold")[_Abstract_—{truth.abstract}]
+
+#text(9pt, weight: "bold")[_Index Terms_—{", ".join(truth.keywords)}.]
+
+#place(bottom, float: true)[#text(8pt)[Manuscript received 3 May 2024; revised 5 May 2024. This work was supported by nobody at all.
+A. Invented is with the University of Nowhere (e-mail: ada\\@nowhere.example).]]
+{body}
+{_references(prose, "References", truth)}''', truth
+
+
+def single(seed: int) -> tuple[str, Truth]:
+    "One column of a large publisher: DOI in the head, dates, key words parted by dots, footnotes, formulas, declarations."
+    prose = Prose(f'single {seed}')
+    truth = _truth(prose, seed, 6, keywords=True)
+    truth.id = f'10.5555/s00-{seed}'
+    truth.absent += ['Ada Invented', 'Received', 'exclusive licence', 'Imagined']
+    body = _body(prose, truth, HEADS, notes=True, maths=True, display=True)
+    return f'''
+#set page(paper: "a4", margin: (x: 3.8cm, y: 3.5cm), header: context if counter(page).get().first() > 1 [#text(8pt)[
+  #if calc.even(counter(page).get().first()) [#counter(page).display() #h(1fr) A. Invented et al.] else [
+  Efficient approximation #h(1fr) #counter(page).display()]]] else [#text(8pt)[
+  Invented Studies Letters (2024) 12:345 \\ https://doi.org/{truth.id}]])
+#set text(font: "New Computer Modern", size: 10pt, lang: "en")
+#set par(justify: true, first-line-indent: 1em, spacing: 0.65em)
+#set heading(numbering: "1")
+#text(8pt)[*ORIGINAL RESEARCH*]
+
+#text(16pt, weight: "bold")[{truth.title}]
+
+*Ada Invented*#super[1] · *Boris Imagined*#super[1,2]
+
+#text(8pt)[Received: 3 March 2024 / Accepted: 5 May 2024 \\ © The Authors, under exclusive licence to nobody, 2024]
+
+*Abstract*
+
+{truth.abstract}
+
+*Keywords* {" · ".join(word.capitalize() for word in truth.keywords)}
+{body}
+#heading(numbering: none)[Declarations]
+The authors declare that they are invented.
+{_references(prose, "References", truth)}''', truth
+
+
 layouts: dict[str, Callable[[int], tuple[str, Truth]]] = {
-    f.__name__: f for f in (conference, across, preprint, journal, article_info, russian, mathematics, manuscript, letter, spaced)}
+    f.__name__: f for f in (conference, across, preprint, journal, article_info, russian, mathematics, manuscript, letter, spaced,
+                               transactions, single)}
 
 
 @cache
