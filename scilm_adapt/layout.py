@@ -37,7 +37,7 @@ class Letters:
 
 @dataclass
 class Line:
-    "Words that stand side by side: their text, box, line of writing, size of type, whether bold, slanted, mathematics, page, and what they are."
+    "Words side by side: their text, box, line of writing, size of type, whether bold, slanted, mathematics, page, and what they are."
     words: list[str]
     box: tuple[float, float, float, float]
     base: float
@@ -243,10 +243,10 @@ def _is_crossed(lines: list[Line], a: Line, b: Line) -> bool:
     for near in ([line for line in beside if line.base < a.base - 0.5*size], [line for line in beside if line.base > a.base + 0.5*size]):
         if near:
             next_to = min(abs(line.base - a.base) for line in near)
-            middle = (left + 0.25*(right - left), right - 0.25*(right - left))
-            row = [place for line in near if abs(line.base - a.base) < next_to + 0.5*size for place in line.places or [line.box[::2]]]
+            row = sorted(place for line in near if abs(line.base - a.base) < next_to + 0.5*size for place in line.places or [line.box[::2]])
             if not (any(x0 < left for x0, _ in row) and any(x1 > right for _, x1 in row)): continue  # text on one side alone says nothing
-            crossed.append(any(min(x1, middle[1]) - max(x0, middle[0]) > 0.6*(middle[1] - middle[0]) for x0, x1 in row))
+            blanks = [x0 - x1 for (_, x1), (x0, _) in zip(row, row[1:]) if x1 < right and x0 > left]
+            crossed.append(max(blanks, default=0.0) < 0.7*size)
     return bool(crossed) and all(crossed)
 
 
