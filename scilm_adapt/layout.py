@@ -50,10 +50,14 @@ class Line:
     places: list[tuple[float, float]] = field(default_factory=list)
 
     @property
-    def text(self) -> str: return ' '.join(self.words)
+    def text(self) -> str:
+        "The words on one line."
+        return ' '.join(self.words)
 
     @property
-    def width(self) -> float: return self.box[2] - self.box[0]
+    def width(self) -> float:
+        "From the left edge to the right one."
+        return self.box[2] - self.box[0]
 
 # %% ../nbs/09_layout.ipynb #lay00019
 _LETTER = {code: letter for first, last in ((0x1D400, 0x1D7FF), (0xFB00, 0xFB06), (0x2100, 0x214F)) for code in range(first, last + 1)
@@ -66,7 +70,7 @@ _MATHS = re.compile(r'math|cmmi|cmsy|cmex|msam|msbm|symbol|stix.*size|mtmi|mtsy|
 _CONTROL = dict(zip((11, 12, 13, 14, 15, 27, 28, 29, 30, 31), 'ff fi fl ffi ffl'.split()*2))  # TeX's places of ligatures
 _ACCENTS = dict(zip((0xB4, 0x60, 0xA8, 0x2C6, 0x2DC, 0x2C7, 0xAF, 0x2D8, 0x2D9, 0x2DA, 0xB8), '\u0301\u0300\u0308\u0302\u0303\u030c\u0304'
                     '\u0306\u0307\u030a\u0327'))
-_ACCENTED = re.compile('([{0}])([^\\W\\d_])|([^\\W\\d_])(¸)'.format(''.join(map(chr, _ACCENTS))))
+_ACCENTED = re.compile(f"([{''.join(map(chr, _ACCENTS))}])([^\\W\\d_])|([^\\W\\d_])(¸)")
 
 
 def _is_same_word(letters: Letters, at: np.ndarray, blank: np.ndarray) -> np.ndarray:
@@ -436,16 +440,24 @@ class Block:
     kind: str = ''
 
     @property
-    def box(self) -> tuple: return tuple(_hull(np.array([line.box for line in self.lines])))
+    def box(self) -> tuple:
+        "The box round all lines: left, top, right, bottom."
+        return tuple(_hull(np.array([line.box for line in self.lines])))
 
     @property
-    def size(self) -> float: return max(line.size for line in self.lines)
+    def size(self) -> float:
+        "The largest size of type."
+        return max(line.size for line in self.lines)
 
     @property
-    def text(self) -> str: return ' '.join(line.text for line in self.lines)
+    def text(self) -> str:
+        "The words of all lines on one."
+        return ' '.join(line.text for line in self.lines)
 
     @property
-    def page(self) -> int: return self.lines[0].page
+    def page(self) -> int:
+        "The page, from 0."
+        return self.lines[0].page
 
 
 def _leadings(lines: list[Line]) -> tuple[list[int], dict[float, float]]:
@@ -523,9 +535,11 @@ _MARKED = re.compile(r'\^?(?:\d{1,3}|[*∗†‡§¶#]+|[a-z]\))\s?[^\W\d_]?')
 _NOTICES = re.compile(
     r'preprint submitted to|submitted to (?:the )?\w+|preprint\b.{0,40}under review|under review|permission to make digital|copyright|©|'
     r'\(c\) \d{4}|'
-    r'(?:manuscript )?(?:received|revised|accepted):? |available online|published online|article history|contents lists? available|e-?mail|corresponding author|'
+    r'(?:manuscript )?(?:received|revised|accepted):? |available online|published online|article history|contents lists? available|'
+    r'e-?mail|corresponding author|'
     r'this (?:work|article|paper) is licensed|creative commons|all rights reserved|doi:|https?://(?:dx\.)?doi\.org|arxiv:|issn|'
-    r'authors?[’\']s? addresses?|correspondence to|proceedings of|\W?equal contribution|published (?:as|in)|acm reference format|ccs concepts|\d{4} mathematics subject|msc ?\d{4}|pacs|jel class|'
+    r'authors?[’\']s? addresses?|correspondence to|proceedings of|\W?equal contribution|published (?:as|in)|'
+    r'acm reference format|ccs concepts|\d{4} mathematics subject|msc ?\d{4}|pacs|jel class|'
     r'удк|ббк|поступила|© |\(dated:', re.IGNORECASE)
 
 
@@ -569,7 +583,8 @@ _ABSTRACT = re.compile(r'\A(?:abstract|summary|аннотация|резюме|�
                        r'\s+(?=(?-i:[A-ZА-ЯЁ])[^\W_]*\s+(?-i:[^A-ZА-ЯЁ\s])))', re.IGNORECASE)
 _KEYWORDS = re.compile(r'\A(?:key\s?-?words?(?: and phrases)?|index terms|ключевые слова(?: и фразы)?)'
                        r'(?:\s*[.:—–-]+\s*|\s*$|\s+(?=(?-i:[A-ZА-Я])))', re.IGNORECASE)
-_FRONT = re.compile(r'ccs concepts|acm reference format|general terms|categories and subject descriptors|(?:graphical )?abstract|highlights|'
+_FRONT = re.compile(r'ccs concepts|acm reference format|general terms|categories and subject descriptors|(?:graphical )?abstract|'
+                    r'highlights|'
                     r'article info\w*|significance(?: statement)?|author summary|plain language summary|(?:video|contents|nomenclature)',
                     re.IGNORECASE)
 _REFERENCES = re.compile(r'(?:references?(?: and notes| cited)?|bibliography|works cited|literature(?: cited)?|литература|'
@@ -755,7 +770,8 @@ class _Flow:
         elif early and _ABSTRACT.match(text) and state != 'abstract': self.state = 'other language'
         elif _KEYWORDS.match(text) and early:
             self.named = bool(_KEYWORDS.fullmatch(text))
-            if state != 'abstract' or self.last is None or not _ABSTRACT.fullmatch(self.last.text): self.state, self.last = 'keywords', block
+            beside = state == 'abstract' and self.last is not None and _ABSTRACT.fullmatch(self.last.text)
+            if not beside: self.state, self.last = 'keywords', block
             return 'keywords'  # beside the abstract, whose name has been read, the abstract is still to come
         elif heading: self.state = self.after(_unnumbered(text).rstrip('.: '), block)
         elif early and _NOTICES.match(text): return 'notice'

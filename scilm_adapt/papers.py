@@ -418,8 +418,14 @@ def build(folder: str | Path, sources: Iterable[str], *, evaluation: Iterable[st
 
 
 def count_table(report: dict) -> str:
-    "The counts of a report as a table, a line for each file and one for all of them; below it, which files have no titles."
-    lines = [*report['files'], dict(file='total', **report['total'])] if len(report['files']) != 1 else report['files']
+    "The counts of a report as a table, a line for each file (or kind, of many) and one for all; below it, which files have no titles."
+    files = report['files']
+    if len(files) > 40:  # a folder of PDFs: a line for each kind of file
+        kinds = {}
+        for line in files: kinds.setdefault(Path(line['file']).suffix, []).append(line)
+        files = [dict(file=f'{len(found):,} × *{suffix}') | {name: sum(line[name] for line in found) for name in ('read', *OUTCOMES)}
+                 for suffix, found in kinds.items()]
+    lines = [*files, dict(file='total', **report['total'])] if len(files) != 1 else files
     table = tabulate([line | dict(file=Path(line['file']).name) for line in lines], headers='keys', intfmt=',')
     return '\n'.join([table, *([_without_titles(report['untitled'])] if report['untitled'] else [])])
 
