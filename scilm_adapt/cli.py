@@ -32,13 +32,30 @@ from scilm_adapt.running import (
 )
 
 # %% ../nbs/49_cli.ipynb #5c3c3a62
+def _show(sources: list[str], page: int, out: str | None) -> int:
+    "Write the picture of a page of a PDF."
+    from scilm_adapt.pdf import draw_page
+    if len(sources) > 1 or not Path(sources[0]).is_file(): raise InputError(f"{' '.join(sources)}: --show takes one PDF; give its file.")
+    target = Path(out or f'{Path(sources[0]).stem}.page{page}.png')
+    if target.exists() and b'scilm_adapt' not in target.read_bytes()[:300]:
+        raise InputError(f'{target} is there and not a picture of ours; give another name with -o.')
+    figure = draw_page(sources[0], page)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format='png', metadata={'Software': 'scilm_adapt'})
+    print(f'scilm: page {page} as it is read is in {target}')
+    return 0
+
+
 def papers(arguments: list[str]) -> int:
     "read, clean, deduplicate and split papers of any usual form"
     parser = ArgumentParser(prog='scilm papers', description='Read papers, clean them, drop repeats and split them. DIR opens with '
                             'datasets.load_from_disk; beside the data lie report.json, quarantine.jsonl and removed.jsonl.')
     parser.add_argument('sources', metavar='SOURCE', nargs='+', help="a file, folder, pattern, Hub data set, or 'installed-docs'")
-    parser.add_argument('-o', '--out', metavar='DIR', required=True, help='the folder to make; one that an earlier '
-                        'call made is replaced, nothing else is')
+    parser.add_argument('-o', '--out', metavar='DIR', help='the folder to make; one that an earlier call made is replaced, nothing else is')
+    parser.add_argument('--show', metavar='PAGE', nargs='?', type=int, const=1, help='of one PDF, make no folder but a picture of a page '
+                        '(default: the first) with the boxes that are read, numbered and coloured by kind: FILE.page1.png, or -o PICTURE')
+    parser.add_argument('--grobid', metavar='URL', help='have PDFs read by this GROBID server, as http://127.0.0.1:8070')
+    parser.add_argument('--grobid-only', action='store_true', help='quarantine what GROBID cannot read, rather than read it without it')
     parser.add_argument('--strict', action='store_true', help='stop at the first record that cannot be read')
     parser.add_argument('--decontaminate', metavar='FILE', nargs='+', default=[], dest='evaluation',
                         help='evaluation files whose texts must not be in it')
@@ -48,8 +65,13 @@ def papers(arguments: list[str]) -> int:
     parser.add_argument('--without', metavar='RULE', nargs='+', default=[], help='rules and filters of the cleaning to switch off')
     parser.add_argument('--limit', metavar='N', type=int, help='read at most so many records of each source')
     options = vars(parser.parse_args(arguments))
+    out, sources, page, url, only = map(options.pop, ('out', 'sources', 'show', 'grobid', 'grobid_only'))
+    if page is not None: return _show(sources, page, out)
+    if not out: parser.error('the following arguments are required: -o/--out')
+    if only and not url: raise InputError('--grobid-only needs the address of the server: --grobid http://127.0.0.1:8070.')
     from scilm_adapt.papers import build, count_table
-    folder, sources = Path(options.pop('out')), options.pop('sources')
+    from scilm_adapt.pdf import Grobid
+    folder, options['grobid'] = Path(out), url and Grobid(url, otherwise_read=not only)
     report = build(folder, sources, **options)
     print(count_table(report))
     for name in ('fields', 'touched', 'filters', 'quarantine', 'languages', 'splits'):

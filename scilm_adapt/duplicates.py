@@ -89,7 +89,7 @@ def minima(found: np.ndarray) -> np.ndarray:
 # %% ../nbs/14_duplicates.ipynb #7515ea76
 @dataclass(frozen=True)
 class Signature:
-    "Twelve 64-bit `keys` (whole document, text alone or 0, the bands) and the sorted `shingles` of a record."
+    "Thirteen 64-bit `keys` (whole document, text alone or 0, identity or 0, the bands) and the sorted `shingles` of a record."
     keys: np.ndarray
     shingles: np.ndarray
 
@@ -97,6 +97,16 @@ class Signature:
 def _text_key(found: list[str], text: str) -> int:
     "64 bits that stand for the words `found` in a text, run together; for the text as it stands when it has no words."
     return int(fingerprint(''.join(found) or repr([ord(character) for character in text.strip()]))[:16], 16)
+
+
+_PUBLISHED = re.compile(r'10\.\d{4,9}/\S+|\d{4}\.\d{4,5}|[a-z-]+(?:\.[a-z]{2})?/\d{7}')
+
+
+def _identity_key(record: dict, title: list[str]) -> int:
+    "64 bits of a record's DOI or arXiv id together with its title; 0 without both. (Chapters of a book may share their DOI.)"
+    plain = re.sub(r'^(https?://)?((dx\.)?doi\.org/|arxiv\.org/abs/|doi:|arxiv:)\s*', '', str(record.get('id') or '').lower())
+    found = _PUBLISHED.match(plain)
+    return int(fingerprint(re.sub(r'v\d+$', '', found[0]) + ''.join(title))[:16], 16) ^ int(_FACTORS[-2]) if found and len(title) > 2 else 0
 
 
 def signature(record: dict) -> Signature:
@@ -108,7 +118,8 @@ def signature(record: dict) -> Signature:
     alone = _text_key(of_text, text) ^ int(_FACTORS[-1]) if len(of_text) >= 5 else 0  # ^: apart from keys of whole documents
     runs = np.unique(_ngrams(_hashes_of([*of_title, *of_text, *([] if of_text else of_rest)]), 5))
     bands = (minima(runs)*_FACTORS[:_ROWS]).sum(1) + np.arange(1, _BANDS + 1, dtype=np.uint64)*_FACTORS[_ROWS]
-    return Signature(np.concatenate([np.array([whole, alone], np.uint64), bands*(len(runs) > 0)]), runs)
+    same = _identity_key(record, of_title)
+    return Signature(np.concatenate([np.array([whole, alone, same], np.uint64), bands*(len(runs) > 0)]), runs)
 
 # %% ../nbs/14_duplicates.ipynb #61ab0f86
 class _Buckets:
@@ -139,7 +150,10 @@ class _Buckets:
 # %% ../nbs/14_duplicates.ipynb #4bcc24bf
 @dataclass(frozen=True)
 class Match:
-    "The `id` of the earlier record, the Jaccard similarity to it, and `how` it was found: 'exact', 'exact text' (another title) or 'near'."
+    """The `id` of the earlier record, the Jaccard similarity to it, and `how` it was found.
+
+    'exact', 'exact text' (another title), 'same id' (DOI or arXiv id, and title) or 'near'.
+    """
     id: str
     similarity: float
     how: str
@@ -176,16 +190,21 @@ class Seen:
 
     def look_up(self, given: Signature) -> Match | None:
         "The earlier record that this signature repeats, or None; of several near ones the most similar."
-        whole, alone, *bands = self.buckets.find(given.keys)
+        whole, alone, same, *bands = self.buckets.find(given.keys)
         for numbers, how in ((whole, 'exact'), (alone, 'exact text')):
             if numbers: return Match(self.read(2*numbers[0] + 1).decode('utf-8', 'surrogatepass'), 1.0, how)
+        if same: return self.match(same[0], given, 'same id')
         best, size = (0.0, 0), len(given.shingles)
         for number in {number for numbers in bands for number in numbers}:
             other = (self.ends[2*number + 1] - self.ends[2*number])//8
             if min(size, other) < self.threshold*max(size, other): continue  # of so different sizes that they cannot be similar
             best = max(best, (_jaccard(given.shingles, np.frombuffer(self.read(2*number), np.uint64)), -number))
-        if best[0] < self.threshold: return None
-        return Match(self.read(1 - 2*best[1]).decode('utf-8', 'surrogatepass'), best[0], 'near')
+        return self.match(-best[1], given, 'near') if best[0] >= self.threshold else None
+
+    def match(self, number: int, given: Signature, how: str) -> Match:
+        "The match with the record of this number."
+        similarity = _jaccard(given.shingles, np.frombuffer(self.read(2*number), np.uint64))
+        return Match(self.read(2*number + 1).decode('utf-8', 'surrogatepass'), similarity, how)
 
 
 def deduplicate(records: Iterable[dict], threshold: float = 0.8) -> list[dict]:

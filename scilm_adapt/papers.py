@@ -15,6 +15,7 @@ from ast import literal_eval
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -27,9 +28,10 @@ from .duplicates import EvaluationSet, Seen, read_evaluation_texts, signature, t
 from .errors import InputError, progress_bar, say
 from .files import check_apart, check_free, content_hash, file_hash, read_json, staged_folder, write_json
 from .installed import installed_docs
-from .reading import Refused, Row
+from .pdf import Grobid, Readers
+from .reading import Format, Refused, Row
 from .runs import Run, key_of, stage
-from .sources import expand, places_of, rows
+from .sources import ahead, expand, formats, places_of, rows
 from .tables import NESTED, TONGUES, plain_name, text_of, tongue_of, unfolded, usual_fields, value_at
 
 # %% ../nbs/15_papers.ipynb #47de50c7
@@ -161,11 +163,12 @@ def document(record: dict) -> str:
 built_in = {'installed-docs': partial(installed_docs, 'science'), 'installed-docs-general': partial(installed_docs, 'general')}
 
 
-def entries(source: str, encoding: str = 'utf-8', limit: int | None = None) -> Iterator[Row | Refused]:
-    "What a source holds, as rows and refused ones, at most `limit` of them."
-    for name in expand([source], built_in):
+def entries(source: str, encoding: str = 'utf-8', limit: int | None = None,
+            kinds: dict[str, Format] | None = None) -> Iterator[Row | Refused]:
+    "What a source holds, as rows and refused ones, at most `limit` of them; `kinds` are the formats, by default those of `sources`."
+    for name in ahead(expand([source], built_in), kinds or {}):
         if name in built_in: found = (Row(name, number, record) for number, record in enumerate(built_in[name](), 1))
-        else: found = rows(name, encoding)
+        else: found = rows(name, encoding, kinds)
         for entry in islice(found, limit):
             if limit is not None: limit -= 1
             yield entry
@@ -356,10 +359,10 @@ def save_dataset(folder: Path, files: dict[str, Path]) -> None:
 
 def _build_into(folder: Path, sources: Iterable[str], seen: Seen, *, title_field: str = '', text_field: str = '', encoding: str = 'utf-8',
                strict: bool = False, without: Collection[str] = (), evaluation: EvaluationSet | None = None, limit: int | None = None,
-               workers: int | None = None) -> dict:
+               workers: int | None = None, kinds: dict[str, Format] | None = None) -> dict:
     "What `build` does, in an existing empty `folder`; records like those already `seen` count as duplicates."
     ledger, writers = _Ledger(folder), _arrow_writers(folder)
-    found = (entry for source in sources for entry in entries(source, encoding, limit))
+    found = (entry for source in sources for entry in entries(source, encoding, limit, kinds))
     job = (dict(title=title_field, text=text_field), without_rules(without), evaluation)
     try:
         for row in progress_bar(stream_records(found, job, workers or os.cpu_count() or 1), 'papers', ' records'):
@@ -386,23 +389,43 @@ def _nothing_kept(sources: list[str], report: dict) -> str:
     return f"{', '.join(map(str, sources))}: none of {total['read']:,} records could be kept ({counts}{reason}); check files and fields."
 
 # %% ../nbs/15_papers.ipynb #125ee8e6
-def build(folder: str | Path, sources: Iterable[str], *, evaluation: Iterable[str] = (), **options: object) -> dict:
+@contextmanager
+def _pdf_readers(keep: Path, workers: int | None = None, grobid: Grobid | None = None) -> Iterator[dict[str, Format]]:
+    "The formats, with PDFs read in processes of their own; what they read is kept in the folder `keep`, which is removed at the good end."
+    with Readers(workers or os.cpu_count() or 1, grobid=grobid, keep=keep) as readers:
+        yield formats | dict(pdf=readers.format)
+        for reason in list(dict.fromkeys(readers.without_grobid))[:3]: print(f'  {reason}; ' + (
+            'what it did not read was read without it' if grobid.otherwise_read else 'what it did not read is in the quarantine'))
+    readers.forget()
+
+
+def build(folder: str | Path, sources: Iterable[str], *, evaluation: Iterable[str] = (), grobid: Grobid | None = None,
+          **options: object) -> dict:
     """Read, clean, deduplicate, decontaminate and split `sources` into the data set folder `folder`; returns its report.
 
     `evaluation` are files of evaluation texts that must not be in the corpus. `options`: `title_field`, `text_field`, `encoding`,
     `strict` (InputError at the first record that cannot be read), `without` (names of rules and filters to switch off), `limit`
-    (rows of each source), `workers` (processes; the result does not depend on it).
+    (rows of each source), `workers` (processes; the result does not depend on it). PDFs are read by a `grobid` server if one is given.
+    What was read of PDFs stays beside `folder` until it is complete, so that a call that was killed goes on.
     """
     paths, sources = list(evaluation), list(sources)
     check_apart(folder, places_of([*sources, *paths]))
     check_free(folder)
     held_out = EvaluationSet(read_evaluation_texts(paths)) if paths else None
-    with staged_folder(folder) as aside: return _build_into(aside, sources, Seen(), evaluation=held_out, **options)
+    keep = Path(folder).absolute().with_name(f'.{Path(folder).name}.reading')
+    with _pdf_readers(keep, options.get('workers'), grobid) as kinds, staged_folder(folder) as aside:
+        return _build_into(aside, sources, Seen(), evaluation=held_out, kinds=kinds, **options)
 
 
 def count_table(report: dict) -> str:
-    "The counts of a report as a table, a line for each file and one for all of them; below it, which files have no titles."
-    lines = [*report['files'], dict(file='total', **report['total'])] if len(report['files']) != 1 else report['files']
+    "The counts of a report as a table, a line for each file (or kind, of many) and one for all; below it, which files have no titles."
+    files = report['files']
+    if len(files) > 40:  # a folder of PDFs: a line for each kind of file
+        kinds = {}
+        for line in files: kinds.setdefault(Path(line['file']).suffix, []).append(line)
+        files = [dict(file=f'{len(found):,} × *{suffix}') | {name: sum(line[name] for line in found) for name in ('read', *OUTCOMES)}
+                 for suffix, found in kinds.items()]
+    lines = [*files, dict(file='total', **report['total'])] if len(files) != 1 else files
     table = tabulate([line | dict(file=Path(line['file']).name) for line in lines], headers='keys', intfmt=',')
     return '\n'.join([table, *([_without_titles(report['untitled'])] if report['untitled'] else [])])
 
@@ -453,11 +476,14 @@ def prepare(run: Run, papers: str = 'installed-docs', general: str = 'installed-
     `evaluation` is a file, folder or pattern of evaluation texts that must not be in the corpus ('' = none).
     """
     say('papers: read, clean, drop repeats, split')
-    def build_both(folder: Path) -> None:
+    def build_both(folder: Path, scratch: Path) -> None:
+        with _pdf_readers(scratch) as kinds: build_sides(folder, kinds)
+    def build_sides(folder: Path, kinds: dict[str, Format]) -> None:
         seen, held_out, summary = Seen(), EvaluationSet(read_evaluation_texts([evaluation])) if evaluation else None, {}
         for side, source, title, text in (('science', papers, title_field, text_field), ('general', general, '', '')):
             (folder/side).mkdir()
-            report = _build_into(folder/side, [source], seen, title_field=title, text_field=text, limit=limit, evaluation=held_out)
+            report = _build_into(folder/side, [source], seen, title_field=title, text_field=text, limit=limit, evaluation=held_out,
+                                 kinds=kinds)
             if missing := [name for name, count in report['splits'].items() if not count]:
                 raise InputError(f"{source}: only {report['total']['kept']} different records, none for the {' and '.join(missing)} split; "
                                  f"give a few hundred.")
@@ -465,7 +491,7 @@ def prepare(run: Run, papers: str = 'installed-docs', general: str = 'installed-
         write_json(folder/'report.json', summary)
     config = dict(papers=source_hash(papers), general=source_hash(general), fields=[title_field, text_field], limit=limit,
                   evaluation=source_hash(evaluation) if evaluation else '')
-    folder = stage(run, 'corpus', config, build_both)
+    folder = stage(run, 'corpus', config, build_both, resumable=True)
     for side in ('science', 'general'):
         counts = read_json(folder/side/'report.json')
         said = ' + '.join(f'{counts["total"][name]:,} {name}' for name in OUTCOMES if counts['total'][name])

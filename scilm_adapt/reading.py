@@ -157,13 +157,14 @@ def lines(source: Opened) -> Iterator[tuple[int, str, str]]:
 class Format:
     """How files of one kind are read, and told: by `magic` first bytes, by what their text `looks` like, or by `suffixes` of their name.
 
-    `forms` are the kinds of record that such files hold.
+    `forms` are the kinds of record that such files hold. `begin`, if given, is told of a file's path some time before it is read.
     """
     read: Callable[[Opened], Iterator[Row | Refused]]
     looks: Callable[[str], object] | None = None
     suffixes: str = ''
     magic: tuple[bytes, ...] = ()
     forms: tuple['Form', ...] = ()
+    begin: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)

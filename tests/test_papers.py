@@ -365,3 +365,11 @@ def test_the_command_names_what_is_wrong(dirty, capsys, arguments, said):
     assert cli.main(['papers', *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.rstrip().count('\n') == 0 and not (dirty/'out').exists()
+
+
+def test_many_files_are_counted_by_their_kind():
+    row = dict(read=2, kept=1, quarantined=1, duplicates=0, filtered=0, decontaminated=0)
+    files = [dict(file=f'a/{n}.{kind}', **row) for n in range(30) for kind in ('pdf', 'tex')]
+    table = count_table(dict(files=files, total={name: 60*count for name, count in row.items()}, untitled=[])).splitlines()
+    assert [line.split()[:3] for line in table[2:4]] == [['30', '×', '*.pdf'], ['30', '×', '*.tex']] and len(table) == 5
+    assert [line.split()[3:5] for line in table[2:4]] == [['60', '30']]*2 and table[4].split()[:2] == ['total', '120']

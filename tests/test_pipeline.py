@@ -1,5 +1,6 @@
 """The whole pipeline, from files to a report, on tiny local folders of the families that the presets load from the Hub."""
 import gzip
+import importlib
 import json
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from world import Serve
 
 from scilm_adapt import cli, contrast, distill, evaluate, instruct, models, report, runs
 from scilm_adapt.errors import InputError
-from scilm_adapt.papers import prepare
+from scilm_adapt.files import content_hash
+from scilm_adapt.papers import _split_of, open_papers, prepare
 from scilm_adapt.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'nbs'/'_pdf'))
+samples = importlib.import_module('samples')
 SUBJECTS = ['heat', 'light', 'sound', 'water', 'iron', 'salt', 'wind', 'glass', 'sand', 'steam']
 VERBS = ['moves', 'rests', 'grows', 'bends', 'breaks', 'shines', 'cools', 'warms', 'sinks', 'rises']
 
@@ -180,6 +184,27 @@ def test_the_notebook_takes_a_server_for_its_teacher(texts, tmp_path):
     assert taught.returncode == 0, taught.stdout + taught.stderr
     assert 'is a server: it is asked' in taught.stdout and 'its answers alone are learnt' in taught.stdout and asked >= 3
     assert [*json.loads((tmp_path/'taught'/'metrics.json').read_text())['models']] == ['base', 'contrast', 'distilled']
+
+
+def test_twenty_pdfs_go_all_the_way(texts, tmp_path):
+    made = {(name, seed): samples.make(name, seed) for seed in range(6) for name in samples.layouts}
+    side = {key: _split_of(truth.id or content_hash([truth.title, truth.abstract])[:16]) for key, (_, truth) in made.items()}
+    chosen = sorted(made, key=lambda key: side[key] == 'train')[:20]  # of twenty, some have to be held out
+    (tmp_path/'my-pdfs').mkdir()
+    for name, seed in chosen: (tmp_path/'my-pdfs'/f'{name}{seed}.pdf').write_bytes(made[name, seed][0])
+    words = [truth.text for _, truth in made.values()]
+    for name, hidden in (('student', 32), ('teacher', 48)):
+        models.save(models.tiny(words, 'llama', size=1500, hidden=hidden, context=512), tmp_path/name)
+    preset = dict(student=str(tmp_path/'student'), teacher=str(tmp_path/'teacher'), general=str(texts['tales']), context=384, batch_size=2,
+                  conversations=20, teacher_answers=0, documents=4, questions=2, general_share=0.0)
+    preset |= {'contrast.steps': 1, 'distil.steps': 1, 'distil.probe_every': 0}
+    (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
+    done = scilm(tmp_path, 'run', '-f', 'small.yaml', '-p', 'papers', 'my-pdfs/', '-o', 'mine')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'science: 20 read = 20 kept' in done.stdout, done.stdout
+    assert {'base', 'contrast', 'distilled'} <= json.loads((tmp_path/'mine'/'metrics.json').read_text())['models'].keys()
+    titles = [record['title'] for part in open_papers(tmp_path/'mine'/'corpus'/'science').values() for record in part]
+    assert sorted(titles) == sorted(made[key][1].title for key in chosen)
 
 
 @pytest.mark.parametrize(('name', 'parameters', 'said'), [

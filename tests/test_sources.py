@@ -189,7 +189,7 @@ BROKEN = {
     'LaTeX nested too deeply': ('a.tex', '\\documentclass{a}' + '{'*50_000, [], [(1, 'cannot be parsed')]),
     'LaTeX that is not closed': ('a.tex', '\\begin{document}\n\\section{A} Heat {flows \\textbf{a', [1], []),
     # no text at all
-    'a PDF': ('a.txt', b'%PDF-1.5\n%\xd0\xd4', [], [(1, 'a PDF; convert it to text first, for example with pdftotext or GROBID')]),
+    'a damaged PDF': ('a.txt', b'%PDF-1.5\n%\xd0\xd4', [], [(1, 'damaged, so that PDFium cannot open it; get it again')]),
     'a web page': ('a.xml', '\n<!DOCTYPE html>\n<html><body>Heat', [], [(1, 'a web page')]),
     'a picture': ('a.txt', b'\x89PNG\r\n\x1a\n', [], [(1, 'an image')]),
     'noise': ('a.txt', bytes(range(256))*10, [], [(1, 'binary data')]),
@@ -586,7 +586,7 @@ def test_every_format_has_a_reader_or_a_way_out(tmp_path):
     (b'\n'*5000 + b'heat', 'a', 'text'), (b'%'*9000 + b'\nheat', 'a.tex', 'latex'), (b'<p>Heat</p>', 'a.txt', 'text'),
     (b'<p>Heat</p>', 'a.xml', 'xml'), (b'@user heat', 'a.txt', 'text'), (b'# Heat', 'a', 'markdown'), (b'# Heat', 'a.txt.gz', 'text'),
     (b'id\ttext\n', 'a.log', 'csv'),
-    (b'PMID- 1', 'a.txt', 'medline'), (b'heat', 'a.md.zst', 'markdown'), (b'heat', 'a.PDF', 'text'),
+    (b'PMID- 1', 'a.txt', 'medline'), (b'heat', 'a.md.zst', 'markdown'), (b'heat', 'a.PDF', 'pdf'),
     (b'\xff\xfe[\0{\0', 'a', 'json'), (b'heat', 'a.parquet', 'text')])
 def test_the_name_decides_only_what_the_content_leaves_open(start, name, wanted):
     assert _format_of(start, name) == wanted
