@@ -444,10 +444,12 @@ def some_papers(tmp_path) -> Path:
     return tmp_path/'papers.jsonl'
 
 
-def test_chat_leans_on_papers_and_names_them(model_folder, some_papers, monkeypatch, capsys):
+def test_chat_leans_on_papers_and_names_them(tmp_path, some_papers, monkeypatch, capsys):
+    from scilm_adapt.models import save
+    save(loud(context=512), tmp_path/'model')
     def said(typed, *more):
         monkeypatch.setattr(sys, 'stdin', io.StringIO(typed))
-        assert cli.main(['chat', str(model_folder), '--max-new-tokens', '6', '--temperature', '0', *more]) == 0
+        assert cli.main(['chat', str(tmp_path/'model'), '--max-new-tokens', '6', '--temperature', '0', *more]) == 0
         return capsys.readouterr()
     plain, leaning = (said('What is heat?\nWho?\n', *more) for more in ([], ['--papers', str(some_papers)]))
     assert leaning.out.splitlines()[1] == '  [1] On heat (10.1/heat)' and '[1]' not in plain.out and leaning.out.count('[1]') == 1
