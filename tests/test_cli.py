@@ -454,7 +454,7 @@ def test_chat_leans_on_papers_and_names_them(tmp_path, some_papers, monkeypatch,
     plain, leaning = (said('What is heat?\nWho?\n', *more) for more in ([], ['--papers', str(some_papers)]))
     assert leaning.out.splitlines()[1] == '  [1] On heat (10.1/heat)' and '[1]' not in plain.out and leaning.out.count('[1]') == 1
     assert leaning.out.splitlines()[0] != plain.out.splitlines()[0]  # the paper was in view
-    assert 'leans on no paper: none is near' in leaning.err and '2 papers of' in leaning.err and 'papers' not in plain.err
+    assert 'leans on no paper: none is near' in leaning.err and '2 papers of' in leaning.err and 'looked through' not in plain.err
     two = said('heat or salt\n', '--papers', str(some_papers))
     assert two.out.count('  [') == 2 and 'On salt\n' in two.out  # without an address, as it came with none
     assert said('heat or salt\n', '--papers', str(some_papers), '--related', '1').out.count('  [') == 1
