@@ -444,15 +444,17 @@ def some_papers(tmp_path) -> Path:
     return tmp_path/'papers.jsonl'
 
 
-def test_chat_leans_on_papers_and_names_them(model_folder, some_papers, monkeypatch, capsys):
+def test_chat_leans_on_papers_and_names_them(tmp_path, some_papers, monkeypatch, capsys):
+    from scilm_adapt.models import save
+    save(loud(context=512), tmp_path/'model')
     def said(typed, *more):
         monkeypatch.setattr(sys, 'stdin', io.StringIO(typed))
-        assert cli.main(['chat', str(model_folder), '--max-new-tokens', '6', '--temperature', '0', *more]) == 0
+        assert cli.main(['chat', str(tmp_path/'model'), '--max-new-tokens', '6', '--temperature', '0', *more]) == 0
         return capsys.readouterr()
     plain, leaning = (said('What is heat?\nWho?\n', *more) for more in ([], ['--papers', str(some_papers)]))
     assert leaning.out.splitlines()[1] == '  [1] On heat (10.1/heat)' and '[1]' not in plain.out and leaning.out.count('[1]') == 1
     assert leaning.out.splitlines()[0] != plain.out.splitlines()[0]  # the paper was in view
-    assert 'leans on no paper: none is near' in leaning.err and '2 papers of' in leaning.err and 'papers' not in plain.err
+    assert 'leans on no paper: none is near' in leaning.err and '2 papers of' in leaning.err and 'looked through' not in plain.err
     two = said('heat or salt\n', '--papers', str(some_papers))
     assert two.out.count('  [') == 2 and 'On salt\n' in two.out  # without an address, as it came with none
     assert said('heat or salt\n', '--papers', str(some_papers), '--related', '1').out.count('  [') == 1
