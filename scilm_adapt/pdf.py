@@ -34,6 +34,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 
 import scilm_adapt
 from .errors import InputError
@@ -273,11 +274,9 @@ _TOO_LARGE = 77  # the exit code of a worker that needs more memory than it may 
 
 def _watch_memory(allowed: list[int]) -> None:
     "Leave as soon as this process holds more bytes than the last of `allowed`. (Where memory is refused, PDFium reads on without a word.)"
-    with suppress(ImportError):
-        import resource
-        unit = 1 if sys.platform == 'darwin' else 1024
-        while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit < allowed[-1]: time.sleep(0.05)
-        os._exit(_TOO_LARGE)
+    this = psutil.Process()  # what it holds now: the system counts what the process that began it held into the most it ever held
+    while this.memory_info().rss < allowed[-1]: time.sleep(0.05)
+    os._exit(_TOO_LARGE)
 
 
 class _Worker:
