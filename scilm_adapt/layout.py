@@ -369,7 +369,7 @@ def _mark_margins(pages: list[list[Line]], heights: list[float], body: float) ->
                 if row and not 0.14 < row[0].base/height < 0.86: outer.append((row, round(row[0].base/3), free))
         drops = [drop for page in pages for drop in np.diff(sorted({line.base for line in page})) if drop > 0.5*body]
         usual = float(np.median(drops or [body]))
-        seen = Counter(key for row, *_ in outer for key in {_without_numbers(line) for line in row})
+        seen = Counter(key for row, *_ in outer for key in {_seen_again(line) for line in row})
         places = Counter(place for _row, place, _free in outer)
         for row, place, free in outer:
             rest = [abs(line.base - row[0].base) for line in free if all(line is not one for one in row)]
@@ -377,9 +377,14 @@ def _mark_margins(pages: list[list[Line]], heights: list[float], body: float) ->
             often = max(places[place + shift] for shift in (-1, 0, 1)) >= max(3, 0.5*len(pages)) and len(row[0].words) < 20
             numbered = len(row) > 1 and any(_PAGE_NUMBER.fullmatch(line.text) for line in row)
             for line in row:
-                again = seen[_without_numbers(line)] > 1 and (apart or len(line.words) < 9)
+                again = seen[_seen_again(line)] > 1 and (apart or len(line.words) < 9)
                 alone = _PAGE_NUMBER.fullmatch(line.text) or numbered or often and line.size <= body + 0.1
                 if again or apart and alone: line.kind = 'margin'
+
+
+def _seen_again(line: Line) -> tuple[str, int]:
+    "What a running head has in common with that of other pages: its text and its size. (The title in large type is none of them.)"
+    return _without_numbers(line), round(line.size)
 
 
 def _without_numbers(line: Line) -> str:
@@ -704,6 +709,12 @@ _JOURNAL = re.compile(r'(?:the )?(?:(?:international|european|american|russian|b
                       r'archives?|advances in|вестник|известия|журнал|труды|доклады)\b', re.IGNORECASE)
 
 
+def _opens(block: Block, body: float) -> bool:
+    "Whether a block is the heading of a section, by its name or its number. (A, I or X may begin a title or a name as well.)"
+    numbered = block.text[:1].isdigit() and _NUMBERED.match(block.text)
+    return bool(_is_heading(block, body) and numbered or _USUAL.fullmatch(_unnumbered(block.text).rstrip('.: ')))
+
+
 def _title_of(blocks: list[Block], body: float) -> list[Block]:
     "The blocks of the title: the largest type of the first page, not a journal's name, above the abstract."
     first = [block for block in blocks if block.page == blocks[0].page and not block.kind]
@@ -712,14 +723,13 @@ def _title_of(blocks: list[Block], body: float) -> list[Block]:
     able = [block for block in first if block.box[1] < ceiling and sum(map(str.isalpha, block.text)) > 5 and len(block.lines) < 7
             and not _NOTICES.match(block.text) and not _ABSTRACT.match(block.text)]
     large = sorted((block for block in able if block.size > 1.07*body), key=lambda block: (-round(block.size, 1), block.box[1]))
-    named = [block for block in large if not (_JOURNAL.match(block.text) and len(block.text.split()) < 9) and not (
-        _is_heading(block, body) and _NUMBERED.match(block.text)) and not _USUAL.fullmatch(block.text)]
+    named = [block for block in large if not (_JOURNAL.match(block.text) and len(block.text.split()) < 9) and not _opens(block, body)]
     chosen = named or large or [block for block in able if all(line.bold for line in block.lines)][:1] or [
         block for block in able if len(block.lines) < 4 and len(block.text.split()) > 2 and not block.text.endswith('.')][:1]
     if not chosen: return []
     top = chosen[0]
     return [block for block in able if abs(block.size - top.size) < 0.03*top.size and block.lines[0].bold == top.lines[0].bold
-            and -2 < block.box[1] - top.box[1] < 6*top.size and (block is top or top.size > 1.07*body)]
+            and -2 < block.box[1] - top.box[1] < 6*top.size and (block is top or top.size > 1.07*body and not _opens(block, body))]
 
 
 _DOI = re.compile(r'\b(10\.\d{4,9}/[^\s"<>]+[^\s"<>.,;:)\]}])')
@@ -835,7 +845,8 @@ def read_paper(pages: list[list[Line]], heights: list[float]) -> Paper:
     free = [block for block in blocks if not block.kind]
     named = lambda block: _ABSTRACT.match(block.text) or _KEYWORDS.match(block.text)
     first = [block for block in free if titles and block.page == titles[0].page and block.box[1] > top]
-    begins = min((block.box[1] for block in first if named(block) or flow.is_prose(block) or _is_heading(block, body)), default=-1.0)
+    heads = _opens if any(_opens(block, body) for block in first) else _is_heading  # names in large type are not where the text begins
+    begins = min((block.box[1] for block in first if named(block) or flow.is_prose(block) or heads(block, body)), default=-1.0)
     for n, block in enumerate(free):
         first_page, low = titles and block.page == titles[0].page, block.box[3]
         if first_page and top + 2 <= low < begins + 2 and not named(block): block.kind = 'front'  # authors side by side, over the columns

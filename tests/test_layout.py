@@ -123,6 +123,18 @@ def test_references_without_a_heading_are_left_out():
     assert 'Author' not in str(paper(rows).sections)
 
 
+@pytest.mark.parametrize('title', ['A study of heat in plates', 'X rays and I', '3D plates and heat', 'How heat flows'])
+@pytest.mark.parametrize('section', ['1. Introduction', 'I. Introduction', 'Introduction'])
+def test_a_title_that_is_the_running_head_too_is_found_and_names_in_large_type_are_no_headings(title, section):
+    names = [(230, 105, 13, 'A. Invented', 'bold'), (230, 125, 13, 'X. Imagined, Institute of Heat', 'bold')]
+    first = [(120, 80, 18, title, 'bold'), *names, (50, 170, 14, section, 'bold'), *column(50, 190, 12)]
+    others = [[(120, 50, 8, title), *column(50, 80, 20)] for _ in range(3)]
+    found = paper(first, *others)
+    assert found.title == title and [part['title'] for part in found.sections] == ['Introduction']
+    assert {line.kind for line in found.lines if line.page and line.size == 8} == {'margin'}
+    assert 'Invented' not in str(found.sections) and 'Institute' not in found.abstract + str(found.sections)
+
+
 def test_a_body_line_at_the_edge_of_a_page_is_no_running_head():
     pages = [[*column(50, 60, 55, f'{word} {PROSE} an other one')] for word in ('first', 'second', 'third')]
     assert {line.kind for line in paper([*HEAD, *column(50, 240, 40, f'{PROSE} an other one')], *pages).lines if line.page} == {'body'}
