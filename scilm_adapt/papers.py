@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 from ast import literal_eval
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -305,7 +306,7 @@ class _Ledger:
         if row.record: self.titled[row.file] = self.titled.get(row.file, False) or bool(row.record['title'])
         if row.outcome == 'kept': self.languages[row.record['lang']] += 1; self.splits[_split_of(row.record['id'])] += 1
         elif row.outcome == 'quarantined':
-            self.reasons[re.sub(r'(?<=[ (])\d+', '…', row.reason)[:90]] += 1
+            self.reasons[textwrap.shorten(re.sub(r'(?<=[ (])\d+', '…', row.reason), 150, placeholder=' …')] += 1
             self.quarantine.write(json.dumps(dict(file=row.file, line=row.line, reason=row.reason, raw=row.raw), ensure_ascii=True) + '\n')
         else:
             if row.outcome == 'filtered': self.filters[row.reason.partition(':')[0]] += 1
