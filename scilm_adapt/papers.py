@@ -32,7 +32,7 @@ from .installed import installed_docs
 from .pdf import Grobid, Readers
 from .reading import Format, Refused, Row
 from .runs import Run, key_of, stage
-from .sources import ahead, expand, formats, places_of, rows
+from .sources import ahead, expand, places_of, rows
 from .tables import NESTED, TONGUES, plain_name, text_of, tongue_of, unfolded, usual_fields, value_at
 
 # %% ../nbs/15_papers.ipynb #47de50c7
@@ -166,7 +166,7 @@ built_in = {'installed-docs': partial(installed_docs, 'science'), 'installed-doc
 
 def entries(source: str, encoding: str = 'utf-8', limit: int | None = None,
             kinds: dict[str, Format] | None = None) -> Iterator[Row | Refused]:
-    "What a source holds, as rows and refused ones, at most `limit` of them; `kinds` are the formats, by default those of `sources`."
+    "What a source holds, as rows and refused ones, at most `limit` of them; for `kinds` see `sources.rows`."
     for name in ahead(expand([source], built_in), kinds or {}):
         if name in built_in: found = (Row(name, number, record) for number, record in enumerate(built_in[name](), 1))
         else: found = rows(name, encoding, kinds)
@@ -392,9 +392,9 @@ def _nothing_kept(sources: list[str], report: dict) -> str:
 # %% ../nbs/15_papers.ipynb #125ee8e6
 @contextmanager
 def _pdf_readers(keep: Path, workers: int | None = None, grobid: Grobid | None = None) -> Iterator[dict[str, Format]]:
-    "The formats, with PDFs read in processes of their own; what they read is kept in the folder `keep`, which is removed at the good end."
+    "The format of PDFs that are read in processes of their own; what they read is kept in the folder `keep`, which is removed at the good end."
     with Readers(workers or os.cpu_count() or 1, grobid=grobid, keep=keep) as readers:
-        yield formats | dict(pdf=readers.format)
+        yield dict(pdf=readers.format)
         for reason in list(dict.fromkeys(readers.without_grobid))[:3]: print(f'  {reason}; ' + (
             'what it did not read was read without it' if grobid.otherwise_read else 'what it did not read is in the quarantine'))
     readers.forget()

@@ -185,7 +185,7 @@ def ahead(names: Iterable[str], kinds: dict[str, Format], window: int = 32) -> I
 def rows(source: str, encoding: str = 'utf-8', kinds: dict[str, Format] | None = None) -> Iterator[Row | Refused]:
     """Rows of a source, and what of it is refused: together as many as it has records.
 
-    `kinds` are the formats that are read, by default `formats`.
+    `kinds` are the formats that are read in another way than `formats` says.
 
     A source is a file, a folder, a member of an archive ('archive.zip/member') or the name of a data set on the Hub. Text without a byte
     order mark is read as `encoding`, strictly. InputError when there is no such source.
@@ -198,6 +198,6 @@ def rows(source: str, encoding: str = 'utf-8', kinds: dict[str, Format] | None =
     if is_dataset(source): yield from read_dataset(source)
     elif os.path.isdir(source) or place and not place[1] and _members(source) is not None:
         for name in expand([source]): yield from rows(name, encoding, kinds)
-    elif place: yield from _read_file(source, *place, encoding, kinds or formats)
+    elif place: yield from _read_file(source, *place, encoding, formats | (kinds or {}))
     elif _is_hub_name(source): yield from hub_rows(source)
     else: raise InputError(f'{source}: there is no such file; check the path.')
