@@ -392,7 +392,7 @@ def _nothing_kept(sources: list[str], report: dict) -> str:
 # %% ../nbs/15_papers.ipynb #125ee8e6
 @contextmanager
 def _pdf_readers(keep: Path, workers: int | None = None, grobid: Grobid | None = None) -> Iterator[dict[str, Format]]:
-    "The format of PDFs that are read in processes of their own; what they read is kept in the folder `keep`, which is removed at the good end."
+    "PDFs as a format that is read in processes of its own; what they read is kept in the folder `keep`, which is removed at the good end."
     with Readers(workers or os.cpu_count() or 1, grobid=grobid, keep=keep) as readers:
         yield dict(pdf=readers.format)
         for reason in list(dict.fromkeys(readers.without_grobid))[:3]: print(f'  {reason}; ' + (
