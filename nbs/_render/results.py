@@ -28,10 +28,8 @@ def adopt(run_folder: str, name: str) -> None:
 def readme_block() -> str:
     "The results as the README shows them: the table and the figure of the quickstart, and what was promised."
     metrics = read_json(RESULTS/'quickstart.json')
-    minutes = sum(metrics['seconds'].values())/60
-    where = metrics['machine']
     return '\n\n'.join([
-        f"What `make run` gives (seed {metrics['config']['seed']}, {minutes:.1f} minutes of work on {where['cores']} processor cores, "
+        f"What `make run` gives (seed {metrics['config']['seed']}, {metrics['machine']['cores']} processor cores, "
         f"torch {metrics['versions']['torch']}):",
         report.table(metrics).to_markdown(), report.table_note(metrics),
         '![Before and after, for each kind of text, with intervals](nbs/results/quickstart.png)',
