@@ -221,7 +221,8 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
                  'live / cached epoch', 'three live / building and three cached', 'tokens read / tokens used',
                  'distillation, large from teacher', "our time / plain loop's, tuned malloc", "our tokens/s / SFTTrainer's, default malloc",
                  "largest difference of our loss from the plain loop's", 'token contrast: time with / without',
-                 'token contrast: memory with / without', 'memory of 1,024 pairs / 32', "contrastive search's time / greedy's, large"):
+                 'token contrast: memory with / without', 'memory of 1,024 pairs / 32', "contrastive search's time / greedy's, large",
+                 "chains: a token's time / alone"):
         line = next(line for line in printed.splitlines() if goal in line)
         assert line.rstrip().endswith('reached')
-    assert printed.count('reached') == 44
+    assert printed.count('reached') == 45
