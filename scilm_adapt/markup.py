@@ -676,7 +676,8 @@ def _trouble(parser: object, error: SyntaxError) -> str:
     "What is broken; '' if only the prefix of a name was never declared, which costs nothing."
     undeclared = 201  # as libxml2 counts its errors
     real = [entry.message for entry in parser.feed_error_log if entry.type != undeclared]
-    return real[0] if real else '' if error.code == undeclared else error.msg
+    said = real[0] if real else '' if error.code == undeclared else error.msg
+    return ' '.join(said.split())  # some of its messages end with a line's end
 
 
 def _forget(element: object) -> None:

@@ -19,7 +19,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scilm_adapt import reading
@@ -372,6 +372,7 @@ NAMES = [f'a.{suffix}' for suffix in 'jsonl json csv xml ris bib nbib md tex txt
 STARTS = ['', '[{"id": 1},', '{"a": 1}\n', 'id,a\n1,', '<article>', RIS, BIB, NBIB, LATEX[:200], 'PAR1', '\ufeff']
 
 
+@example(b'\x00', 'a.jsonl', b'<article>')  # of which the parser says two lines
 @given(st.binary(max_size=300), st.sampled_from(NAMES), st.sampled_from(STARTS).map(str.encode))
 @settings(max_examples=400)
 def test_no_bytes_end_the_reading_with_an_error(tmp_path_factory, noise, name, start):
