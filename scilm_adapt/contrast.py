@@ -34,21 +34,8 @@ from .preference import Pair, Preference, check_preference, preference_batch, pr
 from .recipe import Task, recipe_of, train_stage
 from .related import chain_starts, orders, reading_order
 from .runs import Run, stage
-from scilm_adapt.tokens import (
-    USEFUL,
-    Packed,
-    Tokens,
-    batch_rows,
-    document_ends,
-    documents_in,
-    encode,
-    encode_stream,
-    pack,
-    read_tokens,
-    reading_of,
-    store_tokens,
-    write_tokens,
-)
+from .tokens import (USEFUL, Packed, Tokens, batch_rows, document_ends, documents_in, encode, encode_stream, pack, read_tokens,
+                                reading_of, store_tokens, write_tokens)
 from .training import exact, lm_loss, target_states
 
 # %% ../nbs/32_contrast.ipynb #6d09d94d

@@ -390,6 +390,7 @@ def _by_grobid(grobid: Grobid, path: str) -> dict:
 # %% ../nbs/10_pdf.ipynb #pdf00029
 _forms = (Form('PDF', 'the largest type at the head of the first page', 'what is called Abstract, or the first prose',
                'numbered, bold or large headings', 'DOI, arXiv id', _example),)
+_KNOWN_BY = dict(suffixes='pdf', magic=(b'%PDF-',), forms=_forms)
 
 
 class Readers:
@@ -405,7 +406,7 @@ class Readers:
         self.waiting: dict[str, Future] = {}
         self.lock, self.without_grobid, self.failures, self.pages = threading.Lock(), [], 0, 0
         self.kept = _kept_in(self.keep/_READ) if keep else {}
-        self.format = Format(self.read, suffixes='pdf', magic=(b'%PDF-',), forms=_forms, begin=self.begin)
+        self.format = Format(self.read, begin=self.begin, **_KNOWN_BY)
 
     def __enter__(self) -> 'Readers': return self
 
@@ -507,7 +508,7 @@ def _read(source: Opened) -> Iterator[Row | Refused]:
     yield from _everyday().read(source)
 
 
-formats = dict(pdf=Format(_read, suffixes='pdf', magic=(b'%PDF-',), forms=_forms))
+formats = dict(pdf=Format(_read, **_KNOWN_BY))
 
 # %% ../nbs/10_pdf.ipynb #pdf00036
 COLOURS = dict(title='tab:blue', heading='tab:blue', abstract='tab:green', keywords='tab:olive', body='tab:orange')
