@@ -20,9 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +30,7 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import psutil
 
@@ -359,23 +357,17 @@ class NoAnswer(ValueError):
 
 def _post(grobid: Grobid, data: bytes) -> bytes:
     "The TEI of a PDF as GROBID's processFulltextDocument answers it; NoAnswer with the reason. A busy server is asked again."
-    mark = uuid.uuid4().hex.encode()
-    body = (b'--%b\r\nContent-Disposition: form-data; name="input"; filename="paper.pdf"\r\nContent-Type: application/pdf\r\n\r\n'
-            b'%b\r\n--%b--\r\n' % (mark, data, mark))
-    asked = urllib.request.Request(f"{grobid.url.rstrip('/')}/api/processFulltextDocument", body, dict(
-        Accept='application/xml') | {'Content-Type': f'multipart/form-data; boundary={mark.decode()}'})
+    address, form = f"{grobid.url.rstrip('/')}/api/processFulltextDocument", dict(input=('paper.pdf', data, 'application/pdf'))
     until = time.monotonic() + grobid.seconds
     while True:
         try:
-            with urllib.request.urlopen(asked, timeout=max(0.1, until - time.monotonic())) as answer: return answer.read()
-        except urllib.error.HTTPError as error:
-            if error.code != 503 or time.monotonic() > until - 1: raise NoAnswer(f'GROBID at {grobid.url} answers with error {error.code}')
-            time.sleep(1)  # all its hands are full
-        except TimeoutError: raise NoAnswer(f'GROBID at {grobid.url} takes more than {grobid.seconds:g} seconds')
-        except (OSError, ValueError) as error:
-            if isinstance(getattr(error, 'reason', None), TimeoutError):
-                raise NoAnswer(f'GROBID at {grobid.url} takes more than {grobid.seconds:g} seconds')
-            raise NoAnswer(f"GROBID at {grobid.url} does not answer ({getattr(error, 'reason', error)})")
+            answer = httpx.post(address, files=form, headers=dict(Accept='application/xml'), timeout=max(0.1, until - time.monotonic()))
+        except httpx.TimeoutException: raise NoAnswer(f'GROBID at {grobid.url} takes more than {grobid.seconds:g} seconds')
+        except (httpx.HTTPError, httpx.InvalidURL) as error: raise NoAnswer(f'GROBID at {grobid.url} does not answer ({error})')
+        if answer.is_success: return answer.content
+        if answer.status_code != 503 or time.monotonic() > until - 1:
+            raise NoAnswer(f'GROBID at {grobid.url} answers with error {answer.status_code}')
+        time.sleep(1)  # all its hands are full
 
 
 def _by_grobid(grobid: Grobid, path: str) -> dict:
