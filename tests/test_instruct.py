@@ -1,11 +1,6 @@
 """A teacher's conversations are taken only when they are good, counts add up, no paper is in two splits, and a killed run goes on."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from forks import killed_in_the_middle
 
 from scilm_adapt import instruct
 from scilm_adapt.duplicates import EvaluationSet
@@ -259,32 +255,13 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked():
     assert usage.answers == len(chats) - usage.missing
 
 
-CLIENT = '''
-import json, pathlib, sys, torch
-from scilm_adapt import instruct
-from scilm_adapt.models import load
-torch.set_num_threads(1)
-instruct._CHUNK = 8
-instruct.ask_teacher(load(sys.argv[1], device='cpu'), json.loads(pathlib.Path(sys.argv[2]).read_text()), 128, file=sys.argv[3])
-'''
-
-
 def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypatch):
     chats = mine_all(many(80), fluent.tokenizer, 128)[:96]
-    save(fluent, tmp_path/'teacher')
-    write_text(tmp_path/'chats.json', json.dumps(chats))
+    monkeypatch.setattr(instruct, '_CHUNK', 8)
     file = tmp_path/'answers.jsonl'
-    client = subprocess.Popen([sys.executable, '-c', CLIENT, tmp_path/'teacher', tmp_path/'chats.json', file], stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 90
-        while not file.exists() or file.read_bytes().count(b'\n') < 17:
-            assert time.monotonic() < end and client.poll() is None
-            time.sleep(0.01)
-        os.kill(client.pid, signal.SIGKILL)
-    finally: client.kill(); client.wait()
+    killed_in_the_middle(lambda: ask_teacher(fluent, chats, 128, file=file), lambda: file.exists() and file.read_bytes().count(b'\n') >= 17)
     kept = len(finished(file))
     assert 17 <= kept < 96, 'it was killed in the middle of its work'
-    monkeypatch.setattr(instruct, '_CHUNK', 8)
     computed, respond = [], instruct.respond
     monkeypatch.setattr(instruct, 'respond', lambda lm, prompts, *a, **k: computed.append(len(prompts)) or respond(lm, prompts, *a, **k))
     resumed = ask_teacher(fluent, chats, 128, file=file)
