@@ -3,6 +3,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def random_teacher() -> LanguageModel:
     return tiny(WORDS, hidden=32, layers=1, heads=2, context=256)
 
 
+@cache
 def taught(answer: str, question: str = '', context: int = 256) -> LanguageModel:
     "A tiny model that was trained for a moment to give one answer to everything, and to ask one question in a user's place."
     lm = tiny([*WORDS, answer, question], hidden=32, layers=1, heads=2, context=context)
@@ -507,7 +509,7 @@ def test_another_trainer_can_use_it(published, random_teacher, tmp_path):
 def test_a_second_set_does_not_pay_for_the_same_answers(published, monkeypatch):
     monkeypatch.setattr(instruct, 'respond', lambda *a, **k: pytest.fail('asked again'))
     before = read_json(published/'set'/'report.json')
-    teacher = taught('Heat flows always.', 'Does heat flow at night?')  # bit for bit the same
+    teacher = taught.__wrapped__('Heat flows always.', 'Does heat flow at night?')  # trained anew, bit for bit the same
     again = build(published/'papers', published/'set', teacher, written=60)
     assert again['usage'] | dict(kept=0, seconds=0) == before['usage'] | dict(kept=0, seconds=0)
     assert again['usage']['kept'] == again['usage']['answers'] and not again['total']['decontaminated']
