@@ -3,17 +3,22 @@
 # `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make run`.
 PYTHON ?= python3
 BIN := .venv/bin
+# A GPU machine has a torch of its own, and whatever Python that is in runs the benchmark: nothing is installed.
+GPU_PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || echo $(PYTHON))
 INSTALLED := .venv/.installed
 # Of the notebooks, whose cells are the package's lines; tests would take a sixth longer. Absolute, because workers run in other folders.
 COVERAGE := COVERAGE_FILE="$(CURDIR)/.coverage" $(BIN)/coverage run --source="$(CURDIR)/scilm_adapt"
+# What is installed is compiled when it is first imported, and kept. Where a shell forbids Python to keep it, as many containers do, each
+# of the hundred processes of a test would compile torch and transformers anew: 34 seconds of the processor's time instead of 12.
+export PYTHONDONTWRITEBYTECODE :=
 VERSION_CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("scilm_adapt needs Python 3.11 or newer, and $(PYTHON) is " \
 	+ sys.version.split()[0] + ": name a newer one, as in `make PYTHON=python3.12 run`.")
 
 .DEFAULT_GOAL := help
-.PHONY: help run toy real test faults machines docs lab export clean
+.PHONY: help run toy real test faults bench-gpu machines docs lab export clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
 
 run: $(INSTALLED)  ## adapt a real model to science: some twenty minutes on two cores, results in outputs/quickstart
 	@$(BIN)/scilm run -f nbs/presets/quickstart.yaml -o outputs/quickstart
@@ -39,6 +44,10 @@ test: $(INSTALLED)  ## notebooks, tests, generated files, site and coverage: at 
 
 faults: $(INSTALLED)  ## kill, spoil and fill up 250 small runs, and renew the table in the documentation: about half an hour
 	@$(BIN)/python tests/faults.py --full
+
+bench-gpu:  ## both stages at the shapes of real models on one GPU, in less than nine minutes; results in outputs/bench-gpu.json
+	@mkdir -p outputs
+	@$(GPU_PYTHON) nbs/_benchmark/gpu.py outputs/bench-gpu.json
 
 machines: $(INSTALLED)  ## the tests as other processors compute, in ten settings: hours, never in CI
 	@$(BIN)/python tests/machines.py

@@ -229,6 +229,7 @@ def naive(student, teacher, chats: list[dict], divergence: str, temperature: flo
     "The sum over all groups from both models' own logits of one conversation at a time: no packing, no chunks, no shared code."
     total, share, common = torch.zeros((), dtype=torch.float64), 1.0, common_tokens(student.tokenizer, teacher.tokenizer)
     pairs = dict(zip(common.student.tolist(), common.teacher.tolist()))
+    here, there = {*pairs}, {*pairs.values()}
     ends = end_of_turn(student.tokenizer), end_of_turn(teacher.tokenizer)
     for chat in chats:
         (own, places), (other, other_places) = (answer_places(lm.tokenizer, chat['messages']) for lm in (student, teacher))
@@ -241,15 +242,15 @@ def naive(student, teacher, chats: list[dict], divergence: str, temperature: flo
             for a, b, c, d in [*groups, (stop, over, other_stop, other_over)]:
                 if b - a == d - c == 1 and pairs.get(own[a]) == other[c]:
                     before, after = p[c - 1].exp(), q[a - 1].exp()
-                    p_rest = sorted((before[i] for i in range(len(before)) if i not in pairs.values()), reverse=True)
-                    q_rest = sorted((after[i] for i in range(len(after)) if i not in pairs), reverse=True)
-                    one, two = (torch.stack([known[i] for i in ids]) for known, ids in ((before, pairs.values()), (after, pairs)))
-                    if p_rest and q_rest: one, two = torch.cat([one, sum(p_rest)[None]]), torch.cat([two, sum(q_rest)[None]])
-                    elif p_rest or q_rest: share, one, two = one.sum(), one/one.sum(), two/two.sum()
-                    zero = [torch.zeros((), dtype=torch.float64)]
-                    longest = max(len(p_rest), len(q_rest)) if p_rest and q_rest else 0
-                    for x, y in zip(p_rest + zero*(longest - len(p_rest)), q_rest + zero*(longest - len(q_rest))):
-                        total = total + rest_weight*(x - y).abs()
+                    p_rest, q_rest = (known[[i for i in range(len(known)) if i not in shared]].sort(descending=True).values
+                                      for known, shared in ((before, there), (after, here)))
+                    one, two = before[[*pairs.values()]], after[[*pairs]]
+                    if len(p_rest) and len(q_rest): one, two = torch.cat([one, p_rest.sum()[None]]), torch.cat([two, q_rest.sum()[None]])
+                    elif len(p_rest) or len(q_rest): share, one, two = one.sum(), one/one.sum(), two/two.sum()
+                    if len(p_rest) and len(q_rest):
+                        longest = max(len(p_rest), len(q_rest))
+                        x, y = (torch.cat([rest, rest.new_zeros(longest - len(rest))]) for rest in (p_rest, q_rest))
+                        total = total + rest_weight*(x - y).abs().sum()
                 else:
                     sides = (p, other, c, d, ends[1], other_stop), (q, own, a, b, ends[0], stop)
                     one, two = ([math.prod(rows[i - 1, ids[i]].exp() for i in range(first, last)),

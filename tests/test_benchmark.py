@@ -115,11 +115,13 @@ def test_token_contrast_is_added_to_the_same_step(models):
     assert not only['token'] and only['loss']['without'] == pytest.approx(found['loss']['without'])
 
 
-def test_chains_and_papers_alone_are_read_in_turns(models):
-    found = asked('chains', models, 'reading', rounds=2)
-    assert {way: len(times) for way, times in found['rounds'].items()} == dict.fromkeys(('alone', 'chains'), 2 + reading.WARM)
-    assert all(value > 0 for value in found['seconds'].values())
-    assert 1 < found['papers'] <= 5
+def test_every_part_of_the_loss_is_added_to_the_same_reading_in_turns(models):
+    found = reading.parts(models, rounds=2)
+    assert {way: len(times) for way, times in found['rounds'].items()} == dict.fromkeys([*reading.PARTS, 'chains'], 2 + reading.WARM)
+    assert found['parts'] == dict(alone=[], chains=[]) | {name: [name] for name in reading.PARTS if name != 'alone'}
+    assert all(value > 0 for value in found['seconds'].values()) and 1 < found['papers'] <= 5
+    same = [found['lm'][way] for way in reading.PARTS]  # the same rows and weights: what is added does not change what reading is
+    assert all(losses == pytest.approx(same[0], rel=1e-5) for losses in same)
 
 
 def test_pairs_in_little_memory_have_the_same_loss(models):
@@ -172,16 +174,36 @@ def test_shares_of_the_machine_are_shares(models):
 
 
 def test_the_gpu_script_runs_small_without_what_a_gpu_machine_lacks(tmp_path):
-    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'tabulate', 'matplotlib']
+    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'tabulate', 'matplotlib', 'psutil']
     program = (f'import sys, runpy\nfor name in {blocked!r}: sys.modules[name] = None\nsys.argv = ["gpu.py", {str(tmp_path/"r.json")!r}, '
                f'"--small", "--rounds", "1"]\nrunpy.run_path({str(FOLDER/"gpu.py")!r}, run_name="__main__")')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path/'r.json').read_text())
-    assert {'date', 'hardware', 'versions', 'rate', 'ways', 'shapes'} <= result.keys()
+    assert {'date', 'hardware', 'versions', 'rate', 'shapes', 'minutes', 'losses', 'writing'} <= result.keys()
     assert result['ways'].keys() == {'naive', 'ours', 'cached'}
     assert result['ways']['ours']['loss'] == pytest.approx(result['ways']['naive']['loss'], rel=0.02)  # 16-bit products
-    assert all(row['tokens_per_second'] > 0 and row['share'] > 0 for row in result['ways'].values())
+    steps = [*result['ways'].values(), *result['reading'].values(), *result['large_reading'].values(), *result['large_ways'].values()]
+    assert len(steps) == 6 and all(row['tokens_per_second'] > 0 and row['share'] > 0 for row in steps)
+    kinds = {name.partition(', ')[2].partition(',')[0] for name in result['losses']}
+    assert kinds == {*reading.PARTS, *gpu.divergences} and all(apart < gpu.NEAR for apart in result['losses'].values()), result['losses']
+    rows = {row['name']: row for row in result['rows']}
+    assert len(rows) == len(result['rows']) and all(row.keys() == {'name', 'value', 'target', 'met'} for row in result['rows'])
+    assert rows["stage 2, TRL's loss"]['value'] == 'not installed'
+    wanted = sorted(row['target'] for name, row in rows.items() if 'share of the rate' in name and row['met'] is not None)
+    assert wanted == ['≥ 0.4', '≥ 0.4', '≥ 0.45', '≥ 0.45']
+
+
+def test_what_has_no_room_or_no_time_on_a_gpu_is_named_and_the_rest_goes_on(monkeypatch, capsys):
+    def full(*_, **__): raise torch.OutOfMemoryError
+    monkeypatch.setattr(gpu, 'writing', full)
+    monkeypatch.setattr(gpu, 'exactness', lambda device: dict(one=0.0, other=1.0))
+    done = gpu.measured(gpu.SMALL, 1, 'cpu')
+    met = {row['name']: row['met'] for row in done['rows']}
+    assert met['other: 32 from 64 bits'] is False and met['one: 32 from 64 bits'] and 'NOT MET' in capsys.readouterr().out
+    assert 'out of memory' in [row['value'] for row in done['rows']] and done['large_ways']['ours']['loss'] > 0
+    late = gpu.measured(gpu.SMALL, 1, 'cpu', minutes=0)
+    assert [row['value'] for row in late['rows'][1:]] == ['no time was left']*6 and not any(row['met'] for row in late['rows'][1:])
 
 
 @needs_trl
@@ -209,7 +231,7 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     exec(body, scope)
     assert scope['ask']('prepare', small=True)['student'] == 36512      # the real one, once
     known = {}                                                          # tuned or not is the same here, and measured once
-    def ask(what: str, tuned: bool = False, script: str = 'steps', **settings) -> dict:
+    def ask(what: str, tuned: bool = False, script: str = 'steps', environment: dict | None = None, **settings) -> dict:
         if (key := json.dumps([script, what, settings])) not in known:
             known[key] = getattr(dict(steps=steps, reading=reading)[script], what)(tmp_path/'models', **settings)
         return known[key]
@@ -222,7 +244,13 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
                  'distillation, large from teacher', "our time / plain loop's, tuned malloc", "our tokens/s / SFTTrainer's, default malloc",
                  "largest difference of our loss from the plain loop's", 'token contrast: time with / without',
                  'token contrast: memory with / without', 'memory of 1,024 pairs / 32', "contrastive search's time / greedy's, large",
-                 "chains: a token's time / alone"):
+                 "chains: a token's time / alone", "mistakes: a token's time with / without",
+                 'busy machine: time as it is / GOMP_SPINCOUNT=0', "a real model's shape: our learnt tokens/s / gkd's, tuned malloc"):
         line = next(line for line in printed.splitlines() if goal in line)
         assert line.rstrip().endswith('reached')
-    assert printed.count('reached') == 45
+    table = json.loads((tmp_path/'bench-cpu.json').read_text())
+    assert printed.count('reached') == len(table['rows']) == 51 and {'torch', 'trl'} <= table['versions'].keys() and table['hardware']
+    assert all(row.keys() == {'name', 'value', 'target', 'met'} for row in table['rows'])
+    missed = dict(name='one', value=3.0, target='≥ 4', met=False)
+    assert '#ffc9c9' in scope['coloured'](missed) and 'missed' in scope['coloured'](missed)
+    assert '#ffc9c9' not in scope['coloured'](missed | dict(value='not installed', met=None))

@@ -8,13 +8,13 @@ import resource
 import signal
 import subprocess
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import ended, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, nn
@@ -26,22 +26,6 @@ from scilm_adapt.files import _stamp, verified
 
 torch.set_num_threads(1)
 FILES = ['rank-00000.safetensors', 'rank-00000.json', 'manifest.json']
-
-
-def forked(action: Callable[[], None]) -> int:
-    "The number of a copy of this process that does something and ends; it has all modules loaded already."
-    if child := os.fork(): return child
-    code = 1
-    try:
-        action()
-        code = 0
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
-
-
-def ended(child: int) -> int:
-    "Wait for a forked process; its exit code, or minus the signal that ended it."
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def model_of(step: int, size: int = 8) -> nn.Module:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from forks import killed_in_the_middle
 from tokenizers import AddedToken
 from world import Serve
 
@@ -41,12 +42,6 @@ from scilm_adapt.training import fit, lm_loss
 torch.set_num_threads(1)
 FACTS = {'What carries heat?': 'Waves do.', 'What is light?': 'A wave, and a particle.', 'Что переносит тепло?': 'Волны и частицы.',
          'Where does heat flow?': 'From warm to cold.'}
-# Asks forty questions, as a process of its own, so that it can be killed.
-CLIENT = '''
-import json, sys
-from scilm_adapt.endpoint import Endpoint, ask
-ask(Endpoint(sys.argv[1], 'model', concurrency=2), json.loads(sys.argv[2]), 48, file=sys.argv[3])
-'''
 
 
 def question(text: str) -> list[dict]: return [dict(role='user', content=text)]
@@ -385,10 +380,8 @@ FORTY = [question(f'{text} {n}') for n in range(10) for text in FACTS]
 
 def test_a_killed_client_goes_on_where_it_was(server, tmp_path):
     file = tmp_path/'answers.jsonl'
-    client = subprocess.Popen([sys.executable, '-c', CLIENT, server.endpoint.url, json.dumps(FORTY), file], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)
-    try: until(lambda: lines(file) >= 7)
-    finally: client.kill(); client.wait()
+    client = Endpoint(server.endpoint.url, 'model', concurrency=2)
+    killed_in_the_middle(lambda: ask(client, FORTY, 48, file=file), lambda: lines(file) >= 7)
     kept = finished(file)
     assert 7 <= len(kept) < 40, 'it was killed in the middle of its work'
     time.sleep(1)  # the server ends what it had begun

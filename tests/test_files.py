@@ -24,7 +24,7 @@ from scilm_adapt.models import save, tiny
 from scilm_adapt.runs import Run, stage
 from scilm_adapt.teacher import begin_cache
 
-SUBJECTS = ('heat', 'light', 'sound', 'salt', 'iron', 'rain', 'glass', 'soil', 'wind', 'ice')
+SUBJECTS = ('heat', 'light', 'sound', 'salt', 'iron', 'rain')
 ABSTRACT = ('We measure how {0} moves through {1} in the long winter of a northern town. The flow of {0} grows with the depth of {1}, '
             'which nobody had seen before. We propose a model of {0} that has one constant and fits all of the samples.')
 RECORDS = [dict(title=f'The flow of {one} in {other}', abstract=ABSTRACT.format(one, other))

@@ -1,18 +1,15 @@
 """A teacher's conversations are taken only when they are good, counts add up, no paper is in two splits, and a killed run goes on."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from forks import killed_in_the_middle
 
 from scilm_adapt import instruct
 from scilm_adapt.duplicates import EvaluationSet
@@ -88,6 +85,7 @@ def random_teacher() -> LanguageModel:
     return tiny(WORDS, hidden=32, layers=1, heads=2, context=256)
 
 
+@cache
 def taught(answer: str, question: str = '', context: int = 256) -> LanguageModel:
     "A tiny model that was trained for a moment to give one answer to everything, and to ask one question in a user's place."
     lm = tiny([*WORDS, answer, question], hidden=32, layers=1, heads=2, context=context)
@@ -259,32 +257,13 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_asked():
     assert usage.answers == len(chats) - usage.missing
 
 
-CLIENT = '''
-import json, pathlib, sys, torch
-from scilm_adapt import instruct
-from scilm_adapt.models import load
-torch.set_num_threads(1)
-instruct._CHUNK = 8
-instruct.ask_teacher(load(sys.argv[1], device='cpu'), json.loads(pathlib.Path(sys.argv[2]).read_text()), 128, file=sys.argv[3])
-'''
-
-
 def test_a_killed_local_teacher_goes_on_where_it_was(tmp_path, fluent, monkeypatch):
     chats = mine_all(many(80), fluent.tokenizer, 128)[:96]
-    save(fluent, tmp_path/'teacher')
-    write_text(tmp_path/'chats.json', json.dumps(chats))
+    monkeypatch.setattr(instruct, '_CHUNK', 8)
     file = tmp_path/'answers.jsonl'
-    client = subprocess.Popen([sys.executable, '-c', CLIENT, tmp_path/'teacher', tmp_path/'chats.json', file], stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 90
-        while not file.exists() or file.read_bytes().count(b'\n') < 17:
-            assert time.monotonic() < end and client.poll() is None
-            time.sleep(0.01)
-        os.kill(client.pid, signal.SIGKILL)
-    finally: client.kill(); client.wait()
+    killed_in_the_middle(lambda: ask_teacher(fluent, chats, 128, file=file), lambda: file.exists() and file.read_bytes().count(b'\n') >= 17)
     kept = len(finished(file))
     assert 17 <= kept < 96, 'it was killed in the middle of its work'
-    monkeypatch.setattr(instruct, '_CHUNK', 8)
     computed, respond = [], instruct.respond
     monkeypatch.setattr(instruct, 'respond', lambda lm, prompts, *a, **k: computed.append(len(prompts)) or respond(lm, prompts, *a, **k))
     resumed = ask_teacher(fluent, chats, 128, file=file)
@@ -530,7 +509,7 @@ def test_another_trainer_can_use_it(published, random_teacher, tmp_path):
 def test_a_second_set_does_not_pay_for_the_same_answers(published, monkeypatch):
     monkeypatch.setattr(instruct, 'respond', lambda *a, **k: pytest.fail('asked again'))
     before = read_json(published/'set'/'report.json')
-    teacher = taught('Heat flows always.', 'Does heat flow at night?')  # bit for bit the same
+    teacher = taught.__wrapped__('Heat flows always.', 'Does heat flow at night?')  # trained anew, bit for bit the same
     again = build(published/'papers', published/'set', teacher, written=60)
     assert again['usage'] | dict(kept=0, seconds=0) == before['usage'] | dict(kept=0, seconds=0)
     assert again['usage']['kept'] == again['usage']['answers'] and not again['total']['decontaminated']

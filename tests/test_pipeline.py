@@ -209,7 +209,7 @@ def test_twenty_pdfs_go_all_the_way(texts, tmp_path):
 
 @pytest.mark.parametrize(('name', 'parameters', 'said'), [
     ('corpus', dict(sample=50), 'records with a title repeat another one'),
-    ('benchmark', dict(vocabulary=400, context=64, repeats=2), 'of the places hold text')])
+    ('benchmark', dict(vocabulary=400, context=64, repeats=2, small=True), 'of the places hold text')])
 def test_the_other_run_notebooks_run_to_their_end(texts, tmp_path, name, parameters, said):
     with gzip.open(tmp_path/'papers.jsonl.gz', 'wt') as file: file.write(texts['papers'].read_text())
     done = papermill.execute_notebook(ROOT/'nbs'/f'{name}.ipynb', tmp_path/'out.ipynb', cwd=tmp_path, progress_bar=False,

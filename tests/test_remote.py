@@ -1,14 +1,12 @@
 """A real model behind a real server: its targets are those of the model at hand, whichever way the server tells its words."""
-import json
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
+from forks import killed_in_the_middle
 from world import addressed_batch, completion, listening
 
 from scilm_adapt.alignment import token_bytes
@@ -34,16 +32,6 @@ PASSAGES = ['A set is a collection of different elements. The elements of a set 
 CHATS = [dict(paper_id=str(n), kind='title', lang='en', reference='', author='paper',
               messages=[dict(role='user', content=f'{ask}\n\n{text}'), dict(role='assistant', content='Of the paper.')])
          for n, text in enumerate(PASSAGES) for ask in ('Give this text a title.', 'List the key terms of this text.')]
-CLIENT = '''
-import json, sys
-from scilm_adapt.endpoint import Endpoint
-from scilm_adapt.models import load
-from scilm_adapt.remote import _remote_targets
-url, folder, chats = sys.argv[1:]
-_remote_targets(folder, Endpoint(url, 'm', concurrency=1), load('zoo:student', 'cpu').tokenizer, json.loads(chats), k=8, context=128)
-'''
-
-
 @dataclass
 class Server:
     "An OpenAI-compatible server of a model, in a thread; `style` is whose way of telling words it has."
@@ -155,14 +143,9 @@ def test_a_truncated_answer_has_no_end(teacher, student, tmp_path):
 def test_a_killed_client_goes_on_behind_its_last_answer(teacher, student, tmp_path):
     many = [dict(chat, messages=[dict(role='user', content=f"{chat['messages'][0]['content']} {n}")]) for n in range(2) for chat in CHATS]
     with Server(teacher, delay=0.1) as server:
-        client = subprocess.Popen([sys.executable, '-c', CLIENT, server.endpoint.url, tmp_path/'a', json.dumps(many)],
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        file, end = tmp_path/'a'/'answers'/'0000000.jsonl', time.monotonic() + 60
-        try:
-            while not file.exists() or file.read_bytes().count(b'\n') < 4:
-                assert time.monotonic() < end and client.poll() is None
-                time.sleep(0.01)
-        finally: client.kill(); client.wait()
+        file, client = tmp_path/'a'/'answers'/'0000000.jsonl', replace(server.endpoint, concurrency=1)
+        killed_in_the_middle(lambda: _remote_targets(tmp_path/'a', client, student.tokenizer, many, k=8, context=128),
+                             lambda: file.exists() and file.read_bytes().count(b'\n') >= 4)
         kept = file.read_bytes().count(b'\n')
         assert kept < len(many) and not (tmp_path/'a'/'targets').exists()
         time.sleep(0.5)

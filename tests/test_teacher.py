@@ -2,17 +2,14 @@
 import copy
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from forks import killed_in_the_middle
 from world import addressed_batch
 
 from scilm_adapt.alignment import Teacher
@@ -339,27 +336,17 @@ def test_the_report_says_what_is_on_disk_and_how_the_teacher_does(teacher, stude
 
 # --- the cache: interrupted, damaged, stale
 
-BUILD = """
-import sys, time, torch
-sys.path.insert(0, sys.argv[2])
-from test_teacher import PACKED, LiveTeacher, build_cache, lm_of
 class Slow(LiveTeacher):
+    "A teacher that takes its time, so that a build of its answers can be killed in the middle."
     def logits_at(self, batch, size):
         time.sleep(0.2)
         return super().logits_at(batch, size)
-build_cache(sys.argv[1], Slow(lm_of(1, hidden=48, name='teacher')), PACKED, k=4, shard=6)
-"""
 
 
 def test_a_killed_build_goes_on_where_it_stopped(teacher, tmp_path):
     folder = tmp_path/'cache'
-    process = subprocess.Popen([sys.executable, '-c', BUILD, folder, os.path.dirname(__file__)], stdin=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not len(list(folder.glob('shard-*.bin'))) >= 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed_in_the_middle(lambda: build_cache(folder, Slow(lm_of(1, hidden=48, name='teacher')), PACKED, k=4, shard=6),
+                         lambda: len([*folder.glob('shard-*.bin')]) >= 3)
     made = read_json(folder/'targets.json')
     assert not made['complete'] and 2 <= len(made['shards']) < 6
     with pytest.raises(InputError, match='not finished'): open_cache(folder, PACKED)

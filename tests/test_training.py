@@ -16,10 +16,10 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from forks import ended, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_checkpoints import ended, forked
 from torch.nn import functional as F
 from world import descent
 

@@ -22,21 +22,28 @@ from scilm_adapt.tokens import train_tokenizer
 
 # (hidden, layers, heads); 'large' is the model of at least 5 million weights whose steps are held against the machine.
 FULL = dict(vocabulary=8192, student=(192, 4, 4), teacher=(384, 6, 6), large=(256, 5, 4), rows=16, prompt=32, answer=96)
+# A student of the shape of SmolLM2-135M and a teacher as large; four of five tokens are papers to be read, which are not learnt.
+REAL = dict(vocabulary=49152, student=(576, 30, 9), teacher=(576, 30, 9), rows=4, prompt=400, answer=100)
 SMALL = dict(vocabulary=400, student=(32, 2, 4), teacher=(48, 2, 4), large=(40, 2, 4), rows=4, prompt=8, answer=8)
 WARM = 2  # rounds that are not counted
 
 
 # --- models
 
-def prepare(folder: Path, small: bool = False) -> dict:
-    "Write the models with random weights and a tokenizer of the wished size; returns their numbers of weights."
+def prepare(folder: Path, small: bool = False, real: bool = False) -> dict:
+    """Write the models with random weights and a tokenizer of the wished size; returns their numbers of weights.
+
+    `real` are others, in a folder of that name: of the shape of a real model or, if `small`, with as few tokens to learn as there.
+    """
     shapes, draw = SMALL if small else FULL, random.Random(0)
+    if real: folder, shapes = folder/'real', SMALL | dict(prompt=16, answer=4) if small else REAL
     words = [''.join(draw.choices('etaoinshrdlu', k=draw.randint(2, 9))) for _ in range(80_000)]
-    tokenizer = train_tokenizer((' '.join(words[at:at + 200]) for at in range(0, len(words), 200)), shapes['vocabulary'])
+    tokenizer = train_tokenizer((' '.join(words[at:at + 200]) for at in range(0, len(words), 200)), min(8192, shapes['vocabulary']))
     sizes = {}
-    for seed, name in enumerate(('student', 'teacher', 'large')):
+    for seed, name in enumerate(one for one in ('student', 'teacher', 'large') if one in shapes):
         hidden, layers, heads = shapes[name]
         lm = build(tokenizer, 'llama', hidden, layers, heads, 512, seed)
+        if shapes['vocabulary'] > len(tokenizer): lm.model.resize_token_embeddings(shapes['vocabulary'])  # words that nobody says
         with staged_folder(folder/name) as aside: save(lm, aside)  # those of an earlier call are replaced
         sizes[name] = parameter_count(lm.model)
     write_json(folder/'shapes.json', shapes)

@@ -9,7 +9,6 @@ document, whoever reads them and in which rows, and the tokens a second are thes
 filled up count for nobody. Ours is `training.fit` itself with stage 1's loss and stage 1's batches, which it collates in its time;
 all others have theirs collated before.
 """
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import WARM, Peak, in_turns, main, open_model, prepare, summary, trl_settings, trl_step
+from parts import PARTS, papers, part_maker
 
 from scilm_adapt.contrast import Recipe, batch_maker, contrast_loss
 from scilm_adapt.decoding import contrastive_search, sample
@@ -158,35 +158,7 @@ def token(folder: Path, ways: list[str], rounds: int = 5) -> dict:
                    token=[row['token'] for row in history if 'token' in row])
 
 
-# --- chains
-
-def chains(folder: Path, rounds: int = 5) -> dict:
-    "Steps of one training that read the same documents 'alone' and in 'chains' of some 'papers' each, in turn: 'seconds' a learnt token."
-    recipe, ids = reading(folder), documents(folder)
-    starts = chain_starts(np.ones(len(ids), bool), [*map(len, ids)], 5, recipe.context)
-    chains = [[token for number in range(*both) for token in ids[number]] for both in pairwise(starts)]
-    packed = dict(alone=pack(ids, recipe.context, share=USEFUL), chains=pack(chains, recipe.context, share=USEFUL))
-    makers, marks, counts = {way: batch_maker(rows, recipe) for way, rows in packed.items()}, [], []
-    turns = [way for number in range(WARM + rounds) for way in [*packed][::1 if number % 2 else -1]]
-    def batch_at(step: int) -> dict[str, torch.Tensor]:
-        marks.append(time.perf_counter())
-        counts.append(float((batch := makers[turns[step]](step//2))['count']))
-        return batch
-    fit(open_model(folder, 'student').model, batch_at, contrast_loss(recipe), len(turns), learning_rate=0.0, precision='no',
-        description='chains')
-    took = np.diff([*marks, time.perf_counter()])/counts
-    return summary({way: [float(value) for turn, value in zip(turns, took) if turn == way] for way in packed},
-                   papers=len(ids)/(len(starts) - 1))
-
-
 # --- pairs of texts
-
-def papers(number: int, words: int) -> list[dict]:
-    "So many papers of random words, with a title of ten and a text of `words`."
-    draw = random.Random(0)
-    def text(size: int) -> str: return ' '.join(''.join(draw.choices('etaoinshrdlu', k=draw.randint(2, 9))) for _ in range(size))
-    return [dict(id=str(n), title=text(10), text=text(words)) for n in range(number)]
-
 
 def pairs(folder: Path, number: int, chunk: int | None = None, length: int = 64) -> dict:
     "The 'loss', 'seconds' and 'MiB' of InfoNCE of `number` titles and texts, which are tokens already, with all gradients."
@@ -197,6 +169,34 @@ def pairs(folder: Path, number: int, chunk: int | None = None, length: int = 64)
         loss = pair_loss(model, batch, chunk=chunk)
         loss.backward()
     return dict(loss=loss.item(), seconds=time.perf_counter() - start, MiB=peak.MiB)
+
+
+# --- every part of the loss
+
+def parts(folder: Path, names: list[str] | None = None, rounds: int = 5) -> dict:
+    "Steps of one training that read 'alone', with one part of stage 1's loss each, or 'chains', in turn: 'seconds' a learnt token."
+    size, _ = sizes(folder)
+    student, before, ids = open_model(folder, 'student'), open_model(folder, 'student').model, documents(folder)
+    recipes = {way: reading(folder, **PARTS.get(way, {})) for way in names or [*PARTS, 'chains']}
+    starts = chain_starts(np.ones(len(ids), bool), [*map(len, ids)], 5, size['context'])
+    joined = [[token for number in range(*both) for token in ids[number]] for both in pairwise(starts)]
+    rows = {way: pack(joined if way == 'chains' else ids, size['context'], share=USEFUL) for way in recipes}
+    texts = papers(64, size['text'])
+    makers = {way: part_maker(rows[way], recipe, student.tokenizer, texts) for way, recipe in recipes.items()}
+    losses = {way: contrast_loss(recipe, before) for way, recipe in recipes.items()}
+    turns = [way for number in range(WARM + rounds) for way in [*recipes][::1 if number % 2 else -1]]
+    marks, counts = [], []
+    def batch_at(step: int) -> dict[str, torch.Tensor]:
+        marks.append(time.perf_counter())
+        batch = makers[turns[step]](step//len(recipes))
+        counts.append(float(batch['count']))
+        return batch | dict(way=torch.tensor(float([*recipes].index(turns[step]))))
+    def loss(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]: return losses[[*recipes][int(batch['way'])]](model, batch)
+    history = fit(student.model, batch_at, loss, len(turns), learning_rate=0.0, precision='no', description='parts')
+    took = np.diff([*marks, time.perf_counter()])/counts
+    def each(values) -> dict: return {way: [float(value) for turn, value in zip(turns, values) if turn == way] for way in recipes}
+    return summary(each(took), lm=each([row['lm'] for row in history]), papers=len(ids)/(len(starts) - 1),
+                   parts={way: sorted(row.keys() & {*PARTS}) for way, row in zip(turns, history)})
 
 
 # --- writing
@@ -217,5 +217,5 @@ def writing(folder: Path, rounds: int = 5, name: str = 'student') -> dict:
     return summary(seconds, shape=shapes)
 
 
-_CALLS = dict(prepare=prepare, contest=contest, token=token, chains=chains, pairs=pairs, writing=writing)
+_CALLS = dict(prepare=prepare, contest=contest, token=token, parts=parts, pairs=pairs, writing=writing)
 if __name__ == '__main__': main(_CALLS, *sys.argv[1:])

@@ -111,13 +111,17 @@ def our_batch(folder: Path, student: LanguageModel, on_policy: bool) -> Callable
     return on_policy_batch
 
 
-def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'no', on_policy: bool = False) -> dict:
+def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'no', on_policy: bool = False, real: bool = False) -> dict:
     """Steps of the contestants in turn, the order of TRL's changing from round to round: median 'seconds' of each and every 'loss'.
 
-    The 'MiB' is the peak over what there was before the first step, and says something when only one contestant is named.
+    The 'MiB' is the peak over what there was before the first step, and says something when only one contestant is named; 'targets' are
+    the learnt tokens of a step. `real`: with the models of `prepare(real=True)`.
     """
+    if real: folder = folder/'real'
+    shapes = read_json(folder/'shapes.json')
+    targets = dict(targets=shapes['rows']*shapes['answer'])
     others = {name: TRL[name](folder, precision, on_policy) for name in names if name != 'ours'}
-    if 'ours' not in names: return in_turns(others, None, rounds)
+    if 'ours' not in names: return in_turns(others, None, rounds) | targets
     student, teacher = open_model(folder, 'student'), open_model(folder, 'teacher')
     next_batch, loss = our_batch(folder, student, on_policy), distil_loss(LiveTeacher(teacher), 'jsd scaled=false')
     def ours(before: Callable[[int], None]) -> list[float]:
@@ -126,7 +130,7 @@ def contest(folder: Path, names: list[str], rounds: int = 5, precision: str = 'n
             return next_batch()
         history = fit(student.model, batch_at, loss, WARM + rounds, learning_rate=0.0, precision=precision, description='ours')
         return [row['loss'] for row in history]
-    return in_turns(others, ours, rounds)
+    return in_turns(others, ours, rounds) | targets
 
 
 # --- the loss alone
