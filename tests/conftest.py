@@ -1,4 +1,5 @@
 """What every test needs: no network, no display, reproducible examples, and where the checkout is."""
+import gc
 import os
 import signal
 from pathlib import Path
@@ -29,6 +30,13 @@ LONG = ['test_pipeline', 'test_cli', 'test_files', 'test_instruct', 'test_endpoi
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     "The files that take longest first, the others as they were."
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays. It is half a million objects, and every full collection of garbage would look through them for half a
+    second; in forked processes that also copies the memory they lie in."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')

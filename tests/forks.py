@@ -36,7 +36,7 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_in_the_middle(action: Callable[[], None], reached: Callable[[], bool], seconds: float = 60) -> None:
+def killed_in_the_middle(action: Callable[[], None], reached: Callable[[], bool], seconds: float = 120) -> None:
     "Do something in a forked process and `kill -9` it as soon as it has `reached` a point; it has to get there, and not to its end."
     child, deadline = forked(action), time.monotonic() + seconds
     while not reached() and time.monotonic() < deadline:

@@ -4,8 +4,11 @@ A stage notebook defines what it exports and asserts on it there and then: the v
 Python would call that text `<ipython-input-…>`, and a coverage report would not know it for the lines of scilm_adapt/x.py.
 Here a cell whose text stands in a module is compiled as those lines of that module: coverage counts what the notebook ran,
 and a traceback points to the line a user has installed. A cell that differs from its module by one character is not counted."""
+import gc
+import importlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from execnb.shell import CaptureShell
@@ -40,13 +43,35 @@ class ShippedLines(CachingCompiler):
         return super().ast_parse('\n'*lines_above + source, filename, symbol)
 
 
+# Of two processes that share out notebooks, one would end with the longest alone: they come first.
+LONG = ['distill', 'contrast', 'preference', 'running', 'rollouts', 'pairs', 'papers', 'report', 'tokens', 'collapse', 'evaluate']
+
+
+def longest_first(files: Iterable, **how) -> list:
+    "As `sorted`, which nbdev_test calls; what is sorted by nothing else are notebooks: the longest first, the others by name."
+    def place(path: Path) -> int:
+        name = re.sub(r'^\d+_', '', path.stem)
+        return LONG.index(name) if name in LONG else len(LONG)
+    return sorted(files, **how or dict(key=lambda path: (place(path), path)))
+
+
+def load_once() -> None:
+    "Import what nearly all notebooks import, so that the forked workers have it, and look through it for garbage no more."
+    for name in ('torch', 'transformers', 'datasets', 'accelerate', 'pandas', 'scipy.stats'): importlib.import_module(name)
+    importlib.import_module('transformers').AutoModelForCausalLM  # noqa: B018, which loads what transformers loads late
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     "Run nbdev_test on the notebooks of this checkout."
-    from nbdev.test import nbdev_test
-    os.environ.setdefault('OMP_NUM_THREADS', '1')      # one worker per core; the workers are yet to import torch
+    from nbdev import test
+    os.environ.setdefault('OMP_NUM_THREADS', '1')      # one worker per core, set before torch is imported
+    load_once()
     ShippedLines.cells = shipped_cells()
     CaptureShell.compiler_class = ShippedLines
-    nbdev_test(timing=True)
+    test.sorted = longest_first
+    test.nbdev_test(timing=True)
 
 
 if __name__ == '__main__': main()

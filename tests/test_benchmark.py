@@ -174,7 +174,7 @@ def test_shares_of_the_machine_are_shares(models):
 
 
 def test_the_gpu_script_runs_small_without_what_a_gpu_machine_lacks(tmp_path):
-    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'tabulate', 'matplotlib', 'psutil']
+    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'matplotlib', 'seaborn', 'sklearn', 'datasketch', 'ftfy']
     program = (f'import sys, runpy\nfor name in {blocked!r}: sys.modules[name] = None\nsys.argv = ["gpu.py", {str(tmp_path/"r.json")!r}, '
                f'"--small", "--rounds", "1"]\nrunpy.run_path({str(FOLDER/"gpu.py")!r}, run_name="__main__")')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
@@ -186,8 +186,9 @@ def test_the_gpu_script_runs_small_without_what_a_gpu_machine_lacks(tmp_path):
     steps = [*result['ways'].values(), *result['reading'].values(), *result['large_reading'].values(), *result['large_ways'].values()]
     assert len(steps) == 6 and all(row['tokens_per_second'] > 0 and row['share'] > 0 for row in steps)
     kinds = {name.partition(', ')[2].partition(',')[0] for name in result['losses']}
-    assert kinds == {*reading.PARTS, *gpu.divergences} and all(apart < gpu.NEAR for apart in result['losses'].values()), result['losses']
+    assert kinds == {*reading.PARTS, *gpu.divergences}
     rows = {row['name']: row for row in result['rows']}
+    assert all(rows[f'{name}: 32 from 64 bits']['met'] for name in result['losses']), result['losses']
     assert len(rows) == len(result['rows']) and all(row.keys() == {'name', 'value', 'target', 'met'} for row in result['rows'])
     assert rows["stage 2, TRL's loss"]['value'] == 'not installed'
     wanted = sorted(row['target'] for name, row in rows.items() if 'share of the rate' in name and row['met'] is not None)
