@@ -89,9 +89,13 @@ def _instruct(arguments: list[str]) -> int:
     parser.add_argument('-o', '--out', metavar='DIR', required=True, help='the folder to make; one that an earlier '
                         'call made is replaced, nothing else is')
     parser.add_argument('--teacher', metavar='MODEL_OR_URL', help='a model folder, a Hub name, zoo:teacher, or a server that speaks '
-                        "OpenAI's protocol, as http://127.0.0.1:8000/v1#name-of-the-model (default: no teacher)")
+                        "OpenAI's protocol, as http://127.0.0.1:8000/v1#name-of-the-model, or several of the same model with commas "
+                        'between their addresses (default: no teacher)')
     parser.add_argument('--price', metavar=('IN', 'OUT'), nargs=2, type=float, default=(0.0, 0.0), help='of a million tokens read and '
                         'written by the server, to show the cost')
+    parser.add_argument('--limits', metavar='TEXT', default='', help="of the servers, some of 'rate=60 timeout=120 concurrency=4 retries=2 "
+                        "price=0.1/0.4 budget=5': requests a minute, seconds for an answer, requests at once, further tries, the prices, "
+                        'and what all answers may cost')
     parser.add_argument('--template-options', metavar='TEXT', default='', help="of the teacher's chat template, parted by blanks, as "
                         "'enable_thinking=false'")
     parser.add_argument('--thoughts', metavar='N', type=int, default=0, help='tokens that the teacher may think in before each answer; '
@@ -101,13 +105,14 @@ def _instruct(arguments: list[str]) -> int:
     parser.add_argument('--decontaminate', metavar='FILE', nargs='+', default=[], help='evaluation files whose texts must not be in it')
     parser.add_argument('--seed', type=int, default=0, help='of every random choice (default: %(default)s)')
     options = parser.parse_args(arguments)
-    from scilm_adapt.endpoint import parse_endpoint
+    from scilm_adapt.endpoint import limited, parse_endpoint
     from scilm_adapt.instruct import build
     from scilm_adapt.models import load, teacher_dtype
     from scilm_adapt.tokens import set_options
     teacher = options.teacher
     if teacher and '://' in teacher:
-        teacher = replace(parse_endpoint(teacher), prices=tuple(options.price), options=options.template_options)
+        teacher = limited(replace(parse_endpoint(teacher), prices=tuple(options.price), options=options.template_options), options.limits)
+    elif options.limits: raise InputError(f"--limits '{options.limits}' is for a teacher on servers; leave it out.")
     elif teacher:
         teacher = load(teacher, dtype=teacher_dtype())
         set_options([teacher.tokenizer], options.template_options)
@@ -313,8 +318,38 @@ def _verify(arguments: list[str]) -> int:
     print(f'{len(rows)} stages, {len(checkpoints)} checkpoints: ' + (f'{len(wrong)} damaged' if wrong else 'all as they were written'))
     return int(bool(wrong))
 
+# %% ../nbs/55_cli.ipynb #pub55002
+def _export_gguf(arguments: list[str]) -> int:
+    "write a model as one GGUF file, for llama.cpp, Ollama and LM Studio"
+    from scilm_adapt.gguf import GGUF_KINDS
+    from scilm_adapt.publish import export_gguf
+    parser = ArgumentParser(prog='scilm export-gguf', description='Write a model as one GGUF file, read it back and compare. An Ollama '
+                            'Modelfile is written beside it.')
+    parser.add_argument('folder', metavar='DIR', help='a model folder, or the folder of a run (then its distilled model)')
+    parser.add_argument('-o', '--out', metavar='FILE', required=True, help='the file to make, which ends in .gguf; none is written over')
+    parser.add_argument('--outtype', metavar='KIND', default='f16', help=f'{", ".join(GGUF_KINDS)} (default: %(default)s)')
+    options = parser.parse_args(arguments)
+    print(export_gguf(_find_model(options.folder), options.out, options.outtype))
+    return 0
+
+
+def _push(arguments: list[str]) -> int:
+    "upload a model with its card to the Hugging Face Hub"
+    parser = ArgumentParser(prog='scilm push', description='Upload a model with its card to the Hugging Face Hub, in one commit. The token '
+                            'is that of `hf auth login`, or HF_TOKEN.')
+    parser.add_argument('repository', metavar='OWNER/NAME', help='made if it is not there, and private unless you say otherwise')
+    parser.add_argument('folder', metavar='DIR', help='a model folder, or the folder of a run (then its distilled model)')
+    parser.add_argument('--public', action='store_true', help='let everybody see a repository that is made; mind the licences of the '
+                        'papers and of the model that was adapted')
+    options = parser.parse_args(arguments)
+    folder = _find_model(options.folder)
+    from scilm_adapt.publish import push
+    print(f'scilm: {folder} is at {push(folder, options.repository, options.public)}')
+    return 0
+
 # %% ../nbs/55_cli.ipynb #a025f731
-commands = dict(papers=papers, instruct=_instruct, run=_run, status=_status, verify=_verify, chat=_chat)
+commands = dict(papers=papers, instruct=_instruct, run=_run, status=_status, verify=_verify, chat=_chat, push=_push,
+                **{'export-gguf': _export_gguf})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -322,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):                          # a bar's blocks must not end a run on an old terminal
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
-    listed = '\n'.join(f'  scilm {name:<9} {command.__doc__}' for name, command in commands.items())
+    listed = '\n'.join(f'  scilm {name:<11} {command.__doc__}' for name, command in commands.items())
     parser = ArgumentParser(prog='scilm', usage='scilm COMMAND …', formatter_class=RawDescriptionHelpFormatter,
                             description='Adapt a small language model to science.',
                             epilog=f'commands:\n{listed}\n\n`scilm COMMAND --help` says more.')

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .cleaning import language
 from .duplicates import EvaluationSet, Seen, fingerprint, read_evaluation_texts, signature, texts_in
-from .endpoint import Endpoint, Usage, appending, ask, defuse, finished, row_to_answer, send, text_request, usage_of
+from .endpoint import Endpoint, Usage, appending, defuse, finished, row_to_answer, text_request, usage_of
 from .errors import InputError, say
 from .files import (Damaged, check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, verified,
                                write_json, write_text)
@@ -30,6 +30,7 @@ from .mining import kinds as mined_kinds
 from .models import ZOO, LanguageModel, weights_hash
 from .papers import OUTCOMES, SPLITS, Corpus, document, save_dataset, source_hash, split
 from .runs import Run, key_of, rng, stage
+from .servers import ask, send
 from .sources import places_of
 from .tokens import encode, encode_chat, render, set_options, tokenizer_hash
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .alignment import Teacher, TrainingData, answer_places, byte_ends, check_lossless, meanings
-from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, named, parse_endpoint, row_to_answer, send
+from .endpoint import NO_LOGPROBS, Endpoint, Usage, Word, chat_request, heard, limited, named, parse_endpoint, row_to_answer
+from .servers import send
 from .errors import InputError
 from .files import content_hash, hashed, write_json
 from .models import LanguageModel, load, teacher_dtype
@@ -292,7 +293,7 @@ class ServerTeacher(Teacher):
     def prepare(self, run: Run, student_tokenizer: object, chats: list[dict], recipe: object) -> TrainingData:
         "See `Teacher`; all that the server says is kept in a folder of the run, and asked once."
         endpoint = named(self.endpoint)
-        folder = run.folder/f'.answers-{content_hash([endpoint.url, endpoint.model, recipe.cache, recipe.context])[:12]}'
+        folder = run.folder/f'.answers-{content_hash([endpoint.model, recipe.cache, recipe.context])[:12]}'
         if self.insists or _tells_probabilities(endpoint, folder/'probabilities.jsonl'):
             found = _remote_targets(folder, endpoint, student_tokenizer, chats, self.k, recipe.context)
             return TrainingData(found.packed, found.chats, found.cache)
@@ -302,20 +303,25 @@ class ServerTeacher(Teacher):
         return replace(super().prepare(run, student_tokenizer, chats, recipe), teacher=None)
 
     def fingerprint(self) -> dict:
-        "The server's address, the model's name, and whether its probabilities must be had."
-        return dict(server=[self.endpoint.url, self.endpoint.model], insists=self.insists)
+        "The model's name, wherever it is served, and whether its probabilities must be had."
+        return dict(server=self.endpoint.model or self.endpoint.url, insists=self.insists)
 
 
-def load_teacher(source: str | Path, bits: int | None = None, options: str = '', thoughts: int = 0) -> LanguageModel | Endpoint:
+def load_teacher(source: str | Path, bits: int | None = None, options: str = '', thoughts: int = 0,
+                 limits: str = '') -> LanguageModel | Endpoint:
     """The teacher of a run: a model by its name or folder, rounded to `bits`, or the server of an address such as 'http://…/v1#name'.
 
-    To a server go the `options` of the chat template and the tokens that it may think in (`thoughts`) with every question. A sentence
-    says what cannot be done with one. InputError when there is no such model, or the address is none.
+    Several servers of the same model have commas between their addresses; `limits` are those of `endpoint.limited`. To a server go the
+    `options` of the chat template and the tokens that it may think in (`thoughts`) with every question. A sentence says what cannot be
+    done with one. InputError when there is no such model, the address is none, or there is no such limit.
     """
-    if not str(source).startswith(('http://', 'https://')): return load(source, dtype=teacher_dtype(), bits=bits or None)
+    if not str(source).startswith(('http://', 'https://')):
+        if limits: raise InputError(f"teacher_limits is '{limits}', but {source} is no server; leave it out.")
+        return load(source, dtype=teacher_dtype(), bits=bits or None)
     if bits: raise InputError(f'{source} is a server, which holds its model as it likes; leave bits out.')
+    endpoint = limited(parse_endpoint(str(source)), limits)
     print(f'  {source} is a server: it is asked, and not looked at in the pre-flight or measured beside the other models', flush=True)
-    return replace(parse_endpoint(str(source)), options=options, thoughts=thoughts)
+    return replace(endpoint, options=options, thoughts=thoughts)
 
 
 def local_model(teacher: LanguageModel | Endpoint | Teacher | None) -> LanguageModel | None:

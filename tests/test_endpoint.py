@@ -20,12 +20,10 @@ from scilm_adapt.endpoint import (
     Endpoint,
     Usage,
     appending,
-    ask,
     chat_request,
     defuse,
     finished,
     parse_endpoint,
-    send,
     text_request,
     usage_of,
 )
@@ -36,6 +34,7 @@ from scilm_adapt.mining import mine
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.papers import OUTCOMES
 from scilm_adapt.remote import _remote_targets
+from scilm_adapt.servers import ask, send
 from scilm_adapt.tokens import _CHATML, control_tokens, encode_chat, pack, train_tokenizer
 from scilm_adapt.training import fit, lm_loss
 
@@ -428,7 +427,7 @@ def test_a_server_teaches_a_run_from_its_address_on(server, tmp_path, capsys):
     history = json.loads((folder/'history.json').read_text())
     assert len(history) == 2 and {'answers', 'retention'} <= history[0].keys() and 'distil' not in history[0]
     config = json.loads((folder/'manifest.json').read_text())['config']
-    assert config['server'] == [server.endpoint.url, 'model'] and config['teacher'] is None
+    assert config['server'] == 'model' and config['teacher'] is None
     assert config['divergence'] == dict(name='forward_kl')
     alone = distill.train(Run(tmp_path/'alone'), student, None, chats, corpus, **STEPS, divergence_weight=0.0)
     hashes = [models.weights_hash(lm.model) for lm in (alone, distilled, student)]
@@ -445,17 +444,20 @@ def test_a_server_teaches_a_run_from_its_address_on(server, tmp_path, capsys):
 
 # --- and its end: the last test here, as it kills the server ------------------------------------------------------------------------------
 
-def test_a_server_that_dies_is_named_and_its_successor_goes_on(server, folder, tmp_path):
-    file, whole = tmp_path/'answers.jsonl', ask(server.endpoint, FORTY, 48)[0]
-    killer = subprocess.Popen([sys.executable, '-c', 'import os, pathlib, sys, time\nfile = pathlib.Path(sys.argv[1])\n'
-                               'while not file.exists() or file.read_bytes().count(b"\\n") < 7: time.sleep(0.002)\n'
-                               'os.kill(int(sys.argv[2]), 9)', file, str(server.process.pid)])
-    try:
-        with pytest.raises(InputError, match=r'No server answers at http.*; start it.*\d+ of 40 were answered and are kept'):
-            ask(Endpoint(server.endpoint.url, 'model', concurrency=2, retries=1), FORTY, 48, file=file)
-    finally: killer.kill(); killer.wait()
-    kept = finished(file)
-    assert 7 <= len(kept) < 40
-    with Serve(folder) as successor:  # at another port
-        answers, usage = ask(successor.endpoint, FORTY, 48, file=file)
-        assert usage.kept == len(kept) and successor.requests == 40 - len(kept) and answers == whole
+def test_one_of_two_that_dies_is_replaced_by_the_other_and_alone_it_is_named(server, folder, tmp_path, capsys):
+    file, alone, whole = tmp_path/'answers.jsonl', tmp_path/'alone.jsonl', ask(server.endpoint, FORTY, 48)[0]
+    with Serve(folder) as other:
+        before = server.requests
+        both = replace(parse_endpoint(f'{server.url}/v1,{other.url}/v1#model'), concurrency=2, retries=1)
+        killer = subprocess.Popen([sys.executable, '-c', 'import os, pathlib, sys, time\nfile = pathlib.Path(sys.argv[1])\n'
+                                   'while not file.exists() or file.read_bytes().count(b"\\n") < 10: time.sleep(0.002)\n'
+                                   'os.kill(int(sys.argv[2]), 9)', file, str(server.process.pid)])
+        try: answers, usage = ask(both, FORTY, 48, file=file)
+        finally: killer.kill(); killer.wait()
+        assert server.process.wait(10) == -9 and answers == whole and usage.missing == 0 and len(finished(file)) == 40
+        asked = server.requests - before + other.requests - 2  # and a probe of each
+        assert 40 <= asked <= 40 + 2 and f'{server.url}/v1 was lost on the way' in capsys.readouterr().out
+        with pytest.raises(InputError, match=r'No server answers at http.*start it'):
+            ask(Endpoint(server.endpoint.url, 'model', concurrency=2, retries=1), FORTY, 48, file=alone)
+        again = other.requests
+        assert ask(other.endpoint, FORTY, 48, file=file)[1].kept == 40 and other.requests == again

