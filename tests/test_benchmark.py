@@ -174,7 +174,7 @@ def test_shares_of_the_machine_are_shares(models):
 
 
 def test_the_gpu_script_runs_small_without_what_a_gpu_machine_lacks(tmp_path):
-    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'tabulate', 'matplotlib', 'psutil']
+    blocked = ['datasets', 'pyarrow', 'nbdev', 'papermill', 'IPython', 'trl', 'matplotlib', 'seaborn', 'sklearn', 'datasketch', 'ftfy']
     program = (f'import sys, runpy\nfor name in {blocked!r}: sys.modules[name] = None\nsys.argv = ["gpu.py", {str(tmp_path/"r.json")!r}, '
                f'"--small", "--rounds", "1"]\nrunpy.run_path({str(FOLDER/"gpu.py")!r}, run_name="__main__")')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)

@@ -3,7 +3,7 @@
     python nbs/_benchmark/gpu.py results.json              # on the first CUDA device, in less than nine minutes on an H100
     python nbs/_benchmark/gpu.py results.json --small      # tiny models, on whatever there is: the same code, which shows that it runs
 
-Needs torch, transformers, accelerate and scilm_adapt (the folder above this one's is enough), no data, no network. What is measured:
+Needs torch, transformers, accelerate, scipy, tabulate and scilm_adapt (the folder above this one's is enough), no data, no network:
 
     losses    every loss of both stages in 32 bits on the device, value and gradient, against 64 bits on the processor
     stage 1   a step of reading: a student of half a billion weights, and one of 7 billion with weights and averages in 16 bits
