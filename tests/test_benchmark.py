@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
 
 
 sys.path.insert(0, str(FOLDER))  # as when a script there is run
-reading, steps, gpu = map(importlib.import_module, ('reading', 'steps', 'gpu'))
+reading, steps, gpu, parts = map(importlib.import_module, ('reading', 'steps', 'gpu', 'parts'))
 needs_trl = pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed')
 
 
@@ -128,6 +128,13 @@ def test_every_part_of_the_loss_is_added_to_the_same_reading_in_turns(models):
     assert all(value > 0 for value in found['seconds'].values()) and 1 < found['papers'] <= 5
     same = [found['lm'][way] for way in reading.PARTS]  # the same rows and weights: what is added does not change what reading is
     assert all(losses == pytest.approx(same[0], rel=1e-5) for losses in same)
+
+
+def test_papers_that_are_unlike_make_the_same_batch_without_being_compared(models):
+    texts, tokenizer = reading.papers(16, 30), steps.open_model(models, 'student').tokenizer
+    wanted, found = (batch['pairs'] for batch in (reading.pair_batch(tokenizer, texts, 64), parts.unlike(tokenizer, texts, 64)))
+    for one, other in ((wanted.rows, found.rows), (wanted.whole, found.whole)):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_pairs_in_little_memory_have_the_same_loss(models):
