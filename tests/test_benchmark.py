@@ -1,13 +1,19 @@
 """What the benchmark notebook and the GPU script measure, at toy size: the work is the same for all, the counts are right, they run."""
+import gzip
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from forks import ended, forked
+from test_pipeline import write_texts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +24,7 @@ FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
 
 
 sys.path.insert(0, str(FOLDER))  # as when a script there is run
-reading, steps, gpu = map(importlib.import_module, ('reading', 'steps', 'gpu'))
+reading, steps, gpu, parts = map(importlib.import_module, ('reading', 'steps', 'gpu', 'parts'))
 needs_trl = pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed')
 
 
@@ -124,6 +130,13 @@ def test_every_part_of_the_loss_is_added_to_the_same_reading_in_turns(models):
     assert all(losses == pytest.approx(same[0], rel=1e-5) for losses in same)
 
 
+def test_papers_that_are_unlike_make_the_same_batch_without_being_compared(models):
+    texts, tokenizer = reading.papers(16, 30), steps.open_model(models, 'student').tokenizer
+    wanted, found = (batch['pairs'] for batch in (reading.pair_batch(tokenizer, texts, 64), parts.unlike(tokenizer, texts, 64)))
+    for one, other in ((wanted.rows, found.rows), (wanted.whole, found.whole)):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_pairs_in_little_memory_have_the_same_loss(models):
     whole, little = reading.pairs(models, 12), reading.pairs(models, 12, chunk=4)
     assert little['loss'] == pytest.approx(whole['loss'], rel=1e-5) and little['MiB'] > 0
@@ -217,12 +230,46 @@ def test_in_the_gpu_script_trl_computes_the_same_loss():
     assert values == pytest.approx(dict.fromkeys(values, values['naive']), rel=1e-4)
 
 
+def notebook_code() -> list[str]:
+    "Sources of the benchmark's code cells."
+    notebook = json.loads((FOLDER.parent/'benchmark.ipynb').read_text(encoding='utf-8'))
+    return [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+
+
+def test_the_notebook_reads_papers_pdfs_and_tokens(tmp_path, capsys):
+    """Its cells above the contests. One measurement is the process of its own that it is for a reader, all others are forks of this one,
+    each with nothing but its own imports: ten times to import torch would be a minute."""
+    write_texts(tmp_path/'papers.jsonl', 'papers')
+    (tmp_path/'papers.jsonl.gz').write_bytes(gzip.compress((tmp_path/'papers.jsonl').read_bytes()))
+    sources, scope = notebook_code(), {}
+    first, begin = (next(n for n, source in enumerate(sources) if source.startswith(start)) for start in ('import gzip', 'scripts = '))
+    asked = dict(papers=tmp_path/'papers.jsonl.gz', vocabulary=400, context=64, repeats=2, small=True)
+    def measured(code: str) -> dict:
+        def action() -> None:
+            os.chdir(scope['work'])
+            with open(tmp_path/'said', 'w') as said, redirect_stdout(said): exec(code, dict(__name__='__main__'))
+        assert ended(forked(action)) == 0, code
+        print((tmp_path/'said').read_text())
+        return dict(seconds=1.0, MiB=1.0)
+    for source in sources[first:begin]:
+        exec(source, scope)
+        if source.startswith('papers: str'): scope.update(asked)
+        if 'def measured' in source:
+            alone = scope['measured']("import scilm_adapt\n# begin\nprint('began')")
+            scope['measured'] = measured
+    shutil.rmtree(scope['work'])
+    printed = capsys.readouterr().out
+    assert alone['seconds'] < 10 and alone['MiB'] > 1 and 'began' in printed
+    assert '  200  ' in printed and 'kept' in printed and printed.count('of the places hold text') == 2 and 'rows of 64' in printed
+    assert printed.count('ms a question') == 2 and printed.count('plain, once / ours, once: 1.00 in time') == 2
+    if find_spec('typst'): assert 'pages, ' in printed
+
+
 @needs_trl
 @pytest.mark.slow
 def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     "Its cells on reading and distillation, with `ask` calling the functions here: processes of their own would take minutes."
-    notebook = json.loads((FOLDER.parent/'benchmark.ipynb').read_text(encoding='utf-8'))
-    sources = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+    sources = notebook_code()
     begin = next(n for n, source in enumerate(sources) if source.startswith('scripts = '))
     scope = dict(rounds=1, small=True, work=tmp_path)
     imports = next(source for source in sources if source.startswith('import gzip'))

@@ -154,7 +154,7 @@ class Serve:
         self.endpoint = Endpoint(f'{self.url}/v1', 'model', retries=1)
 
     def __enter__(self) -> 'Serve':
-        for _ in range(1200):  # five minutes: a busy machine takes its time
+        for _ in range(720):  # beside other work, importing takes minutes
             try: return urllib.request.urlopen(f'{self.url}/health', timeout=5) and self
             except OSError: time.sleep(0.25)
             if self.process.poll() is not None: break

@@ -236,7 +236,7 @@ def exactness(device: str) -> dict[str, float]:
     rows = pack([ids[n // 3][n % 3*20:n % 3*20 + 20] for n in range(24)], 64)  # three documents in a row
     chats = pack(ids, 64, [[0]*24 + [1]*40]*8).batch(list(range(8)))
     recipes = {name: Recipe(steps=1, batch_size=4, context=64, **dict(token_weight=0.0) | weights) for name, weights in PARTS.items()}
-    batches = {name: part_maker(rows, recipe, tokenizer, texts)(0) for name, recipe in recipes.items()}
+    batches = {name: part_maker(rows, recipe, tokenizer, texts, compared=False)(0) for name, recipe in recipes.items()}
     def found(device: str, dtype: torch.dtype) -> dict[str, tuple[float, torch.Tensor]]:
         own, other = (copy.deepcopy(lm.model).to(device, dtype) for lm in (student, teacher))
         live, given = LiveTeacher(LanguageModel(other, None, 'teacher')), send_to_device(chats, device)

@@ -8,9 +8,9 @@ import torch
 
 from scilm_adapt.contrast import Recipe, batch_maker
 from scilm_adapt.mistakes import ditto_batch
-from scilm_adapt.pairs import pair_maker
+from scilm_adapt.pairs import Together, pair_maker
 from scilm_adapt.preference import Pair
-from scilm_adapt.tokens import Packed
+from scilm_adapt.tokens import Packed, encode_document, pad
 
 # What is added to reading, each with its defaults but the weight, on whose size no time depends.
 PARTS = dict(alone={}, token=dict(token_weight=1.0), pairs=dict(pairs_weight=0.1), preference=dict(preference_weight=0.1),
@@ -32,9 +32,21 @@ def preferred(number: int, length: int, vocabulary: int) -> list[Pair]:
     return [Pair(str(n), 'random', ids(), ids(), ids()) for n in range(number)]
 
 
-def part_maker(rows: Packed, recipe: Recipe, tokenizer: object, texts: list[dict]) -> Callable[[int], dict[str, torch.Tensor]]:
-    "`batch_at(step)` with all that the recipe's parts ask for."
-    pairs_at = pair_maker(tokenizer, texts, recipe.pairs, 0) if recipe.pairs_weight else None
+def unlike(tokenizer: object, texts: list[dict], length: int) -> dict[str, Together]:
+    "`pairs.pair_batch` of papers of which no two are alike; to see whether they are would take a library that few GPU machines have."
+    def ids(field: str) -> list[list[int]]: return [encode_document(tokenizer, paper[field])[:length] for paper in texts]
+    sides = dict(a=pad(ids('title'), tokenizer.pad_token_id), b=pad(ids('text'), tokenizer.pad_token_id))
+    rows = {f'{side}_{name}': value for side, padded in sides.items() for name, value in padded.items()}
+    return dict(pairs=Together(rows, dict(same=torch.eye(len(texts), dtype=torch.bool))))
+
+
+def part_maker(rows: Packed, recipe: Recipe, tokenizer: object, texts: list[dict],
+               compared: bool = True) -> Callable[[int], dict[str, torch.Tensor]]:
+    "`batch_at(step)` with all that the recipe's parts ask for; `compared`: pairs of papers are looked at for likeness, as in a run."
+    pairs_at = None
+    if recipe.pairs_weight:
+        alone = unlike(tokenizer, texts[:recipe.pairs.batch], recipe.pairs.length)
+        pairs_at = pair_maker(tokenizer, texts, recipe.pairs, 0) if compared else lambda step: alone
     lessons_at = partial(ditto_batch, tokenizer, texts, recipe.ditto, seed=0) if recipe.ditto_weight else None
     asked = preferred(32, max(4, recipe.context//8), len(tokenizer)) if recipe.preference_weight else ()
     return batch_maker(rows, recipe, pairs_at, asked, lessons_at=lessons_at)
