@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import ranks
 from .decoding import plain, repetition
 from .divergence import chunk_size, head_of
 from .errors import InputError
@@ -24,6 +23,7 @@ from .generate import Answer, chat_prompt, halt_ids, respond
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision, save
 from .recipe import has_adapters, merge_adapters
 from .alignment import Teacher
+from .runs import ranks
 from .tokens import encode_chat, pack
 from .training import PROBE, as_part, exact, target_states
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from .errors import InputError, progress_bar
 from .files import content_hash, hashed
 from .generate import Answer, parted
+from .runs import by_first
 from .tokens import parse_options
 
 # %% ../nbs/36_endpoint.ipynb #9a04a153
@@ -241,11 +242,13 @@ def _request_row(connection: object, endpoint: Endpoint, request: dict) -> dict:
     return row | (dict(logprobs=logprobs.model_dump(exclude_none=True)) if logprobs else {})
 
 # %% ../nbs/36_endpoint.ipynb #28b3f3f0
+@by_first
 def send(endpoint: Endpoint, requests: list[dict], file: str | Path | None = None,
          description: str = 'asking') -> tuple[list[dict | None], Usage]:
     """A row for each request (see `_request_row`; `chat_request` and `text_request` make requests), or None for one that failed for good.
 
-    Rows are kept in `file`, and what is answered there is not asked again. InputError when the server cannot be used or all fail.
+    Rows are kept in `file`, and what is answered there is not asked again. Of several processes the first asks: a server that is asked
+    by all would not answer faster. InputError when the server cannot be used or all fail.
     """
     start, endpoint = time.perf_counter(), named(endpoint)
     keys = [content_hash(dict(model=endpoint.model, request=request)) for request in requests]

@@ -31,6 +31,7 @@ from .checkpoints import Checkpoints, OptimizerState, RngState, SettingsState, W
 from .errors import InputError, Stopped, progress_bar, stop_gently
 from .files import content_hash, write_json
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision
+from .runs import divided
 from .tokens import pack
 
 # %% ../nbs/23_training.ipynb #402ea04d
@@ -346,20 +347,22 @@ def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[lis
                   context: int = 512, description: str = 'measuring') -> np.ndarray:
     """Negative log-likelihood (nats) of each document's marked tokens (all but the first, if None), summed: an array [len(documents)].
 
-    Documents longer than `context` are read in windows; `rows` are computed at once (None: as many as keep the logits below half a GiB).
+    Documents longer than `context` are read in windows; `rows` are computed at once (None: as many as keep the logits below half a GiB),
+    and several processes divide these batches.
     """
     packed = pack(documents, context := min(context, lm.context), masks)
     rows = rows or min(16, max(1, 2**27//(context*len(lm.tokenizer))))
     device, nats = next(lm.model.parameters()).device, np.zeros(len(documents))
-    for at in progress_bar(range(0, len(packed), rows), description, 'batch'):
+    def measured(at: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = list(range(at, min(at + rows, len(packed))))
         batch = {name: value.to(device) for name, value in packed.batch(numbers).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' and mixed_precision(device) == 'bf16'):
             states, targets = target_states(hidden_states(lm.model, batch), batch)
             losses = F.cross_entropy(exact(logits_of(lm.model, states)), targets, reduction='none').double().cpu().numpy()
         rows_of = packed.arrays(numbers)
-        owners = rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]]
-        nats += np.bincount(owners, weights=losses, minlength=len(documents))
+        owners, places = np.unique(rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]], return_inverse=True)
+        return owners, np.bincount(places, weights=losses)
+    for owners, sums in divided(progress_bar(range(0, len(packed), rows), description, 'batch'), measured): nats[owners] += sums
     return nats
 
 
