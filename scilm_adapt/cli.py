@@ -346,11 +346,12 @@ def main(arguments: list[str] | None = None) -> int:
         if name != 'run' and launched()[1] > 1:
             raise InputError(f'`scilm {name}` is the work of one process, and {launched()[1]} were launched; start it alone.')
         return commands[name](arguments[1:])
-    except InputError as error: code, message = 2, error
-    except RunFailed as error: code, message = 1, error
-    except KeyboardInterrupt as error: code, message = 128 + getattr(error, 'number', signal.SIGINT), str(error) or 'stopped'
+    except InputError as error: code, message, told = 2, error, error
+    except RunFailed as error: code, message, told = 1, error, error
+    except KeyboardInterrupt as error: code, message, told = 128 + getattr(error, 'number', signal.SIGINT), str(error) or 'stopped', error
     if number := launched()[0]:
-        time.sleep(1)                                                # the first may be about to say the same, which ends this one
+        if getattr(told, 'shared', False): return code               # the first process says it
+        time.sleep(1)                                                # it may be about to say the same, which ends this one
         message = f'process {number}: {message}'
     print(f'\nscilm: {message}' if code != 2 else f'scilm: {message}', file=sys.stderr, flush=True)
     return code

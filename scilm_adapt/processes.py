@@ -108,18 +108,20 @@ def launch(command: list[str], processes: int) -> int:
             _end(running, [(told.number, _SAVING)])
             raise
     for number, process in enumerate(running):
-        if (process.poll() or 0) < 0: print(f'scilm: process {number}: {cause_of_death(process.poll())}', file=sys.stderr, flush=True)
+        if (code := process.poll() or 0) < 0: print(f"scilm: {cause_of_death(code, f'process {number}')}", file=sys.stderr, flush=True)
     _end(running, [(None, _GRACE), (signal.SIGTERM, _LAST)])
     return _exit_code([process.returncode for process in running])
 
 # %% ../nbs/54_processes.ipynb #pro00161
-def check_launch(told: dict[str, str]) -> None:
+def check_launch(told: dict[str, str], cards: int) -> None:
     "InputError, naming the line to change, for settings of Accelerate that a run cannot follow; `told` is the environment."
     def on(name: str) -> bool: return told.get(name, '').lower() in ('true', '1', 'yes', 'on')
     wrong = {
         'distributed_type is DEEPSPEED': (on('ACCELERATE_USE_DEEPSPEED'), 'DeepSpeed steps inside its backward pass, where bad numbers '
                                           'cannot be caught; take fsdp2.yaml, which shares out the same weights, gradients and averages'),
         'distributed_type is MEGATRON_LM': (on('ACCELERATE_USE_MEGATRON_LM'), 'models would have to be its own; take fsdp2.yaml'),
+        'distributed_type is FSDP': (on('ACCELERATE_USE_FSDP') and not cards, 'weights are shared out over cards, of which there is none '
+                                     'here; leave the file out, and give --processes'),
         f"fsdp_version is {told.get('FSDP_VERSION', '1')}": (on('ACCELERATE_USE_FSDP') and told.get('FSDP_VERSION', '1') != '2',
                                                            'weights are shared out one by one; set it to 2, as fsdp2.yaml does'),
         f"gradient_accumulation_steps is {told.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS')}":
@@ -132,9 +134,14 @@ def check_launch(told: dict[str, str]) -> None:
         if is_wrong: raise InputError(f"Accelerate's configuration: {line}, and {why}.")
 
 
-def check_share(parameters: dict[str, object], processes: int) -> None:
-    "InputError when there are fewer rows in a batch than processes, or no process at all."
+def check_share(parameters: dict[str, object], processes: int, shared_out: bool = False) -> None:
+    """InputError for fewer rows in a batch than processes, for no process at all, and for what a student cannot do whose weights are
+    `shared_out`.
+    """
     if processes < 1: raise InputError(f'--processes is {processes}; give at least 1.')
+    for name, value in parameters.items() if shared_out else ():
+        if value and name.rpartition('.')[2] in ('lora_rank', 'share', 'replay') and not name.startswith('heal'):
+            raise InputError(f'{name} is {value}, and weights that are shared out (FSDP) cannot do that; set it to 0, or take ddp.yaml.')
     for name in ('contrast', 'distil'):
         name = f'{name}.batch_size' if f'{name}.batch_size' in parameters else 'batch_size'
         if (rows := parameters.get(name, processes)) < processes:
@@ -174,8 +181,9 @@ def run_together(notebook: str | Path, parameters: dict[str, object], folder: st
     another process ended.
     """
     parameters = check_parameters(parameters, read_parameters(notebook), 'parameters')
-    check_launch(os.environ)
-    check_share(parameters, launched()[1])
+    from torch import cuda
+    check_launch(os.environ, cuda.device_count())
+    check_share(parameters, launched()[1], 'ACCELERATE_USE_FSDP' in os.environ)
     with on_signals(stop):
         first = ranks()[0] == 0  # here they meet
         if first: run_script(notebook, parameters)

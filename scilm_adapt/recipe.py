@@ -24,7 +24,7 @@ from .errors import InputError, nearest
 from .models import LanguageModel, load, save, weights_hash
 from .runs import Run, ranks, stage
 from .tokens import tokenizer_hash
-from .training import Trackers, exact, fit, keep_history, trackers_of
+from .training import Trackers, exact, fit, keep_history, trackers_of, whole_model
 
 # %% ../nbs/24_recipe.ipynb #b126e18d
 def lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int = 0) -> tuple[nn.Module, Callable[[], nn.Module]]:
@@ -203,7 +203,7 @@ def train_stage(run: Run, name: str, recipe: Recipe, student: LanguageModel, tas
                       micro_batch=recipe.micro_batch or None, gradient_checkpointing=recipe.gradient_checkpointing,
                       on_step_end=task.on_step_end, checkpoints=Checkpoints(scratch), state=task.state, records_at=task.records_at,
                       description=description, trackers=trackers)
-        trained = replace(student, model=merge() if merge else model)
+        trained = replace(student, model=merge() if merge else whole_model(model))
         if ranks()[0] == 0: save(trained, folder)
         keep_history(folder, history)
         if task.finish: task.finish(trained)

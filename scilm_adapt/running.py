@@ -327,13 +327,13 @@ def _where(executed: dict) -> str:
     return place
 
 
-def cause_of_death(status: int | None) -> str:
-    "A sentence for the exit status of a kernel's process (minus the number of the signal that ended it)."
+def cause_of_death(status: int | None, who: str = 'the kernel') -> str:
+    "A sentence for the exit status of a process (minus the number of the signal that ended it)."
     if status == -signal.SIGKILL:
-        return ('the kernel died: it was killed from outside (SIGKILL). Lack of memory is the likely cause; '
+        return (f'{who} died: it was killed from outside (SIGKILL). Lack of memory is the likely cause; '
                 'take smaller models, a smaller batch or a shorter context')
-    if status is not None and status < 0: return f'the kernel died: it crashed ({signal.Signals(-status).name})'
-    return f'the kernel died: its process ended with exit code {status}'
+    if status is not None and status < 0: return f'{who} died: it crashed ({signal.Signals(-status).name})'
+    return f'{who} died: its process ended with exit code {status}'
 
 
 def _explain(error: BaseException, executed: dict) -> BaseException:

@@ -77,7 +77,9 @@ def _joined() -> bool:
     if not torch.distributed.is_available(): return False
     if launched and not torch.distributed.is_initialized():
         from accelerate import PartialState
-        PartialState(cpu=not torch.cuda.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true')
+        cards, here = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK', '0'))
+        if 0 < cards <= here: raise InputError(f'{here + 1} processes were started on a machine with {cards} cards; start one for each.')
+        PartialState(cpu=not cards or os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true')
     return torch.distributed.is_initialized()
 
 
@@ -100,6 +102,12 @@ def _failure(error: BaseException, number: int) -> tuple[str, str, int]:
     return type(error).__name__, f'{error}' + f' (in process {number})'*(number > 0), getattr(error, 'number', 0)
 
 
+def _as_error(kind: str, words: str, signal: int) -> BaseException:
+    "The error of another process that `_failure` told of."
+    if kind == 'Stopped': return Stopped(signal)
+    return dict(InputError=InputError, FloatingPointError=FloatingPointError).get(kind, RuntimeError)(words)
+
+
 def exchanged(make: Callable[[], object]) -> list:
     "What `make()` gives in each process, in their order. It works by itself there; if it fails in one, that fails in all."
     number, count = ranks()
@@ -110,11 +118,11 @@ def exchanged(make: Callable[[], object]) -> list:
     except (Exception, Stopped) as caught: error = caught
     finally: _alone.reset(told)
     distributed.all_gather_object(found, (value, error and _failure(error, number)), group=_messenger(distributed.group.WORLD))
-    if error: raise error
-    for kind, words, signal in [failure for _, failure in found if failure]:
-        if kind == 'Stopped': raise Stopped(signal)
-        raise dict(InputError=InputError, FloatingPointError=FloatingPointError).get(kind, RuntimeError)(words)
-    return [value for value, _ in found]
+    failures = [failure for _, failure in found if failure]
+    if not failures: return [value for value, _ in found]
+    error = error or _as_error(*failures[0])
+    error.shared = True  # so that it is told to a person once
+    raise error
 
 
 def from_first(make: Callable[[], object]) -> object:
