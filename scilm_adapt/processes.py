@@ -109,7 +109,8 @@ def launch(command: list[str], processes: int) -> int:
             raise
     for number, process in enumerate(running):
         if (code := process.poll() or 0) < 0: print(f"scilm: {cause_of_death(code, f'process {number}')}", file=sys.stderr, flush=True)
-    _end(running, [(None, _GRACE), (signal.SIGTERM, _LAST)])
+    at_once = signal.SIGTERM if running[0].poll() else None          # what the first says, the others may be about to say, too
+    _end(running, [(at_once, _GRACE), (signal.SIGTERM, _LAST)])
     return _exit_code([process.returncode for process in running])
 
 # %% ../nbs/54_processes.ipynb #pro00161
@@ -161,6 +162,12 @@ def _quiet() -> Iterator[None]:
     with redirect_stdout(io.StringIO()), warnings.catch_warnings(action='ignore'): yield
 
 
+def _cards() -> int:
+    "How many cards this machine has."
+    from torch import cuda
+    return cuda.device_count()
+
+
 def _part() -> None:
     "Leave the other processes, and forget that there were any: what this one starts is to work alone."
     from accelerate import PartialState
@@ -181,8 +188,7 @@ def run_together(notebook: str | Path, parameters: dict[str, object], folder: st
     another process ended.
     """
     parameters = check_parameters(parameters, read_parameters(notebook), 'parameters')
-    from torch import cuda
-    check_launch(os.environ, cuda.device_count())
+    check_launch(os.environ, _cards() if 'ACCELERATE_USE_FSDP' in os.environ else 0)
     check_share(parameters, launched()[1], 'ACCELERATE_USE_FSDP' in os.environ)
     with on_signals(stop):
         first = ranks()[0] == 0  # here they meet

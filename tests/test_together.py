@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from test_checkpoints import ended, forked
 from test_pipeline import save_pair, scilm, write_texts
-from world import BABBLE, listening, two_processes
+from world import BABBLE, free_port, listening, two_processes
 
 from scilm_adapt import cli
 from scilm_adapt.checkpoints import Checkpoints
@@ -53,36 +55,33 @@ def run_alone(world: Path, name: str) -> None:
     run_script(shipped_notebook(), yaml.safe_load((world/'small.yaml').read_text()) | dict(out_dir=str(world/name)))
 
 
-def until(found: Callable[[], object], process: subprocess.Popen | None = None) -> object:
-    "What `found()` gives as soon as that is something, while the process runs."
-    while not (there := found()):
-        assert not process or process.poll() is None, 'it ended before'
-        time.sleep(0.02)
-    return there
+def until(found: Callable[[], object]) -> None:
+    "Wait until `found()` gives something."
+    end = time.monotonic() + 200
+    while not found() and time.monotonic() < end: time.sleep(0.02)
 
 
-def ranks_of(process: subprocess.Popen) -> dict[str, psutil.Process]:
-    "The processes that a launcher started, by their numbers, once both are there."
-    with suppress(psutil.Error):
-        found = {child.environ().get('RANK', ''): child for child in psutil.Process(process.pid).children()}
-        if found.keys() == {'0', '1'}: return found
-    return {}
+def two_of(world: Path, *words: str) -> list[int]:
+    "The numbers of two processes that do `scilm ARGUMENTS` together, as torchrun would start them; what they say is in said.0 and said.1."
+    port = str(free_port())
+    def each(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.chdir(world)
+        sys.stdout = sys.stderr = open(world/f'said.{rank}', 'w', buffering=1, encoding='utf-8')
+        os._exit(cli.main([*words]))
+    return [forked(partial(each, rank)) for rank in (0, 1)]
 
 
 def test_a_run_that_is_killed_stopped_and_shared_anew_is_the_run_of_one_process(world, monkeypatch):
-    run = world/'shared'
-    command = [sys.executable, '-m', 'scilm_adapt', 'run', '-f', 'small.yaml', '-o', 'shared', '--processes', '2']
-    # Two processes; the second is killed when stage 1 begins. The first ends, and says why.
-    with subprocess.Popen(command, cwd=world, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launched:
-        try:
-            ranks = until(lambda: ranks_of(launched), launched)
-            until(lambda: [*run.glob('.unfinished/models/contrast-*')], launched)
-            ranks['1'].kill()
-            killed = time.monotonic()
-            said = launched.communicate(timeout=60)[1]
-        finally: launched.terminate()
-    assert launched.returncode == 1 and 'process 1 died: it was killed from outside (SIGKILL)' in said, said
-    assert time.monotonic() - killed < 40 and not ranks['0'].is_running()
+    run, words = world/'shared', ('run', '-f', 'small.yaml', '-o', 'shared')
+    # Two processes; the second is killed when stage 1 begins. The first ends by itself, and says why.
+    first, second = two_of(world, *words)
+    until(lambda: [*run.glob('.unfinished/models/contrast-*')])
+    os.kill(second, signal.SIGKILL)
+    killed = time.monotonic()
+    assert (ended(second), ended(first)) == (-signal.SIGKILL, 1)
+    assert time.monotonic() - killed < 30 and 'another process of this run ended' in (world/'said.0').read_text()
     assert (run/'chats'/'manifest.json').exists() and not (run/'models'/'contrast').exists()
     # One process goes on, and is told to stop in the third step of stage 2: it finishes the fourth and writes a checkpoint.
     def due(kept: Checkpoints, done: int) -> bool:
@@ -94,9 +93,9 @@ def test_a_run_that_is_killed_stopped_and_shared_anew_is_the_run_of_one_process(
     Run(run).close()
     assert [path.name for path in run.glob('.unfinished/models/distilled-*/step-*')] == ['step-00000004']
     # Two processes go on from there, to the published notebook.
-    done = scilm(world, 'run', '-f', 'small.yaml', '-o', 'shared', '--processes', '2')
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count('already done') >= 4 and done.stdout.count('| distilled ') == 1
+    assert [ended(child) for child in two_of(world, *words)] == [0, 0], (world/'said.0').read_text()
+    said, quiet = ((world/f'said.{rank}').read_text() for rank in (0, 1))
+    assert said.count('already done') >= 4 and said.count('| distilled ') == 1 and 'done in' in said and '|' not in quiet
     assert (run/'run.ipynb').exists() and not (run/'run.failed.ipynb').exists()
     notebook = json.loads((run/'run.ipynb').read_text())
     assert sum('image/png' in output.get('data', {}) for cell in notebook['cells'] for output in cell.get('outputs', [])) >= 3
@@ -146,10 +145,12 @@ def work(folder: Path, url: str) -> None:
     cache_of(folder/'cache')
     rows, _ = send(Endpoint(url, 'm', retries=0), [text_request(f'{n}', 5) for n in range(4)], folder/'answers.jsonl')
     seen['answers'] = [row['text'] for row in rows]
-    if number: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if its disk were full
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if number: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if its disk were full
     def fill(aside: Path) -> None: [*divided(range(2), lambda n: (folder/f'part-{number}').write_bytes(bytes(2000)))]
     seen['full'] = caught(lambda: stage(run, 'tokens', {}, fill, together=True))
-    print(json.dumps(seen), file=sys.stderr, flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (folder/f'seen.{number}').write_text(json.dumps(seen))
     meet()
 
 
@@ -159,8 +160,8 @@ def test_work_is_divided_done_once_and_fails_in_all(tmp_path):
         asked.append(body['prompt'])
         return dict(id='1', object='text_completion', created=0, model='m', choices=[dict(index=0, text='so', finish_reason='stop',
                     logprobs=None)], usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2))
-    with listening(reply) as endpoint: said = two_processes(__file__, tmp_path, endpoint.url)
-    first, second = sorted((json.loads(line) for line in said.splitlines() if line.startswith('{"ranks"')), key=lambda one: one['ranks'])
+    with listening(reply) as endpoint: two_processes(__file__, tmp_path, endpoint.url)
+    first, second = (json.loads((tmp_path/f'seen.{rank}').read_text()) for rank in (0, 1))
     assert first['ranks'] == [0, 2] and second['ranks'] == [1, 2]
     assert first['divided'] == second['divided'] == [[n, n % 2, 0, 1] for n in range(5)]  # by itself, each thinks it is alone
     assert first['first'] == second['first'] == 0
@@ -210,9 +211,13 @@ def test_more_processes_than_rows_end_with_a_sentence_and_exit_code_2(tmp_path, 
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert cli.main(['papers', 'nothing.jsonl', '-o', 'papers']) == 2
     assert 'the work of one process, and 2 were launched' in capsys.readouterr().err
+
+
+def test_what_all_processes_refuse_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
-    assert cli.main(['run', '-p', 'batch_size', '2', '-o', 'mine']) == 2
-    assert 'distributed_type is DEEPSPEED' in capsys.readouterr().err and not (tmp_path/'mine').exists()
+    done = scilm(tmp_path, 'run', '-p', 'batch_size', '2', '-o', 'mine', '--processes', '2')
+    assert done.returncode == 2 and done.stderr.count('distributed_type is DEEPSPEED') == 1, done.stderr
+    assert 'Traceback' not in done.stderr and not (tmp_path/'mine').exists()
 
 
 @pytest.mark.parametrize(('codes', 'expected'), [((0, 0), 0), ((0, 2), 2), ((1, 0), 1), ((-9, 0), 1), ((143, 0), 143)])
@@ -232,8 +237,8 @@ def test_when_one_process_fails_the_others_do_not_outlive_it(tmp_path):
 
 @pytest.mark.parametrize('name', ['ddp', 'fsdp2'])
 def test_accelerate_reads_the_configurations(name):
-    config = load_config_from_file(ROOT/'nbs'/'presets'/'accelerate'/f'{name}.yaml')
-    assert config.num_processes == 8 and str(config.distributed_type) in ('MULTI_GPU', 'FSDP')
+    config = load_config_from_file(str(ROOT/'nbs'/'presets'/'accelerate'/f'{name}.yaml'))
+    assert config.num_processes == 8 and config.distributed_type.value == dict(ddp='MULTI_GPU', fsdp2='FSDP')[name]
     if name == 'fsdp2': assert config.fsdp_config['fsdp_version'] == 2 and not config.fsdp_config['fsdp_cpu_ram_efficient_loading']
 
 

@@ -126,8 +126,8 @@ def descent(model, learning_rate):
     return [torch.optim.SGD(model.parameters(), lr=learning_rate)]
 
 
-def two_processes(script: str, *arguments: str | Path) -> str:
-    "Run a script with these arguments in two processes that torchrun starts; both have to end well. What they said on stderr."
+def two_processes(script: str, *arguments: str | Path) -> None:
+    "Run a script with these arguments in two processes that torchrun starts; both have to end well."
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port())]
     settings = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true')
     launched = subprocess.Popen([*command, script, *arguments], env=settings, stderr=subprocess.PIPE, text=True)
@@ -136,7 +136,6 @@ def two_processes(script: str, *arguments: str | Path) -> str:
         launched.terminate()
         told = launched.communicate()[1]
     assert launched.returncode == 0, told[-3000:]
-    return told
 
 
 # --- servers ----------------------------------------------------------------------------------------------------------------------
