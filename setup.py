@@ -1,7 +1,7 @@
 "Package metadata; every value comes from settings.ini, the one place nbdev, pip and the docs read."
 from configparser import ConfigParser
 from pathlib import Path
-from shutil import copy2
+from shutil import copy2, copytree
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -22,6 +22,7 @@ class BuildWithNotebooks(build_py):
         (target/'presets').mkdir(parents=True, exist_ok=True)
         copy2(here/'nbs'/'run.ipynb', target)
         for preset in (here/'nbs'/'presets').glob('*.yaml'): copy2(preset, target/'presets')
+        copytree(here/'nbs'/'presets'/'accelerate', target/'presets'/'accelerate', dirs_exist_ok=True)
 
 
 setup(

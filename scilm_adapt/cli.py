@@ -20,6 +20,7 @@ from pathlib import Path
 import scilm_adapt
 from .errors import InputError, nearest
 from .files import check_apart
+from .processes import check_share, launch, launched, run_together
 from scilm_adapt.running import (
     RunFailed,
     check_parameters,
@@ -140,6 +141,9 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument('-p', '--parameter', nargs=2, action='append', default=[], metavar=('KEY', 'VALUE'),
                         help='set one parameter; may be repeated, and wins over the preset')
     parser.add_argument('-o', '--out', metavar='DIR', help='the folder for all of it (default: outputs/PRESET, or outputs/run)')
+    parser.add_argument('--processes', metavar='N', type=int, default=1, help='how many processes of this machine share the work, one for '
+                        'each card; the result is the same (default: %(default)s). For several machines, or weights that are shared out: '
+                        'accelerate launch --config_file FILE -m scilm_adapt run …')
     options = parser.parse_args(arguments)
     notebook = shipped_notebook()
     known = read_parameters(notebook)
@@ -151,9 +155,13 @@ def _run(arguments: list[str]) -> int:
     texts = {name: parameter.default for name, parameter in known.items()} | parameters
     from scilm_adapt.sources import places_of
     check_apart(folder, places_of(text for name, text in texts.items() if name != 'out_dir' and isinstance(text, str) and text))
-    print(f'scilm: {notebook.name} -> {folder}', flush=True)
+    check_share(dict(batch_size=known['batch_size'].default) | parameters, options.processes)
+    if options.processes > 1 and launched()[1] == 1:
+        return launch([sys.executable, '-m', 'scilm_adapt', 'run', *arguments], options.processes)
+    if launched()[0] == 0: print(f'scilm: {notebook.name} -> {folder}', flush=True)
     start = time.perf_counter()
-    published = run_notebook(notebook, parameters, folder)
+    published = (run_notebook if launched()[1] == 1 else run_together)(notebook, parameters, folder)
+    if not published: return 0                                       # another process tells the rest
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     print(f'\nscilm: done in {minutes} min {seconds} s. The notebook with all figures: {published}')
     return 0
@@ -370,11 +378,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name not in commands:
             raise InputError(f"there is no command '{name}'.{nearest(name, commands)} There are {', '.join(commands)}.")
+        if name != 'run' and launched()[1] > 1:
+            raise InputError(f'`scilm {name}` is the work of one process, and {launched()[1]} were launched; start it alone.')
         return commands[name](arguments[1:])
-    except InputError as error: code, message = 2, error
-    except RunFailed as error: code, message = 1, error
-    except KeyboardInterrupt as error: code, message = 128 + getattr(error, 'number', signal.SIGINT), str(error) or 'stopped'
-    print(f'\nscilm: {message}' if code != 2 else f'scilm: {message}', file=sys.stderr)
+    except InputError as error: code, message, told = 2, error, error
+    except RunFailed as error: code, message, told = 1, error, error
+    except KeyboardInterrupt as error: code, message, told = 128 + getattr(error, 'number', signal.SIGINT), str(error) or 'stopped', error
+    if number := launched()[0]:
+        if getattr(told, 'shared', False): return code               # the first process says it
+        time.sleep(1)                                                # it may be about to say the same, which ends this one
+        message = f'process {number}: {message}'
+    print(f'\nscilm: {message}' if code != 2 else f'scilm: {message}', file=sys.stderr, flush=True)
     return code
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import ranks
 from .decoding import plain, repetition
 from .divergence import chunk_size, head_of
 from .errors import InputError
@@ -24,8 +23,9 @@ from .generate import Answer, chat_prompt, halt_ids, respond
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision, save
 from .recipe import has_adapters, merge_adapters
 from .alignment import Teacher
+from .runs import ranks
 from .tokens import encode_chat, pack
-from .training import PROBE, as_part, exact, target_states
+from .training import PROBE, as_part, exact, target_states, whole_model
 
 # %% ../nbs/46_collapse.ipynb #cd0e9685
 def _answered(lm: LanguageModel, answers: list[Answer], most: int) -> dict[str, float]:
@@ -211,7 +211,7 @@ class CollapseMonitor:
     def __call__(self, step: int, model: torch.nn.Module) -> dict:
         "Probe after the step, if it is one of every so many, or the last."
         if (step + 1) % self.every and step != self.steps - 1: return {}
-        lm = replace(self.student, model=model)
+        lm = replace(self.student, model=whole_model(model))
         self.probes.append(_probe_student(lm, self.teacher, self.asked, step, self.max_new_tokens))
         if why := collapsed(self.probes):
             kept = (f'the weights of step {self.good[-1]} are kept in {self.folder}' if self.good else

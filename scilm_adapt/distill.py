@@ -32,7 +32,7 @@ from .preflight import EXAMPLE, WARM_UP, ends_turns, preflight, repair, teacher_
 from .recipe import Task, recipe_of, train_stage
 from .remote import ServerTeacher, load_teacher, local_model
 from .rollouts import OnPolicy, ReplayBuffer, on_policy_batches, student_weight_at
-from .runs import Run, stage
+from .runs import Run, from_first, meet, ranks, stage
 from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, addresses, build_cache, data_hash, open_cache
 from .tokens import USEFUL, Packed, asked_tokens, batch_rows, documents_in, pack, store_tokens
 from .training import ON_POLICY, PAPERS, ROLLOUT, as_part, part_of, target_states
@@ -250,9 +250,10 @@ class RecordedTeacher(Teacher):
         settings = dict(k=self.k, temperature=recipe.temperature, seed=recipe.seed)
         def make(folder: Path, scratch: Path) -> None:
             build_cache(scratch, self.teacher, data.conversations, **settings)
-            for name, file in contents(scratch).items(): os.replace(file, folder/name)
+            meet()
+            for name, file in contents(scratch).items() if ranks()[0] == 0 else (): os.replace(file, folder/name)
         config = dict(**settings, data=data_hash(data.conversations), **self.teacher.fingerprint())
-        cache = open_cache(stage(run, 'targets', config, make, resumable=True), data.conversations, **settings)
+        cache = open_cache(stage(run, 'targets', config, make, resumable=True, together=True), data.conversations, **settings)
         about = cache.report()
         print(f"  targets: {about['targets']:,} tokens, {about['bytes']/2**20:.1f} MiB, {about['mass']:.0%} of its words", flush=True)
         return replace(data, teacher=cache)
@@ -405,7 +406,11 @@ def train(run: Run, student: LanguageModel, teacher: LanguageModel | Endpoint | 
     first = run.folder/'models'/'contrast'
     parents = [corpus.folder, chats.folder, *([first] if first.is_dir() else [])]
     trained = train_stage(run, 'distilled', recipe, student, make, config, parents, 'distil')
-    good = run.folder/'models'/'distilled-good'  # what is finished needs no weights on the way
-    sweep(good)
-    if good.is_dir(): drop(good)
+    from_first(lambda: _forget(run.folder/'models'/'distilled-good'))
     return trained
+
+
+def _forget(folder: Path) -> None:
+    "Remove the weights on the way: what is finished needs none."
+    sweep(folder)
+    if folder.is_dir(): drop(folder)

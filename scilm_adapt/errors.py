@@ -33,8 +33,8 @@ def say(text: str) -> None:
 
 
 def progress_bar(items: Iterable | int, description: str, unit: str = 'it') -> tqdm:
-    "A progress bar over `items`, or one of that many steps to `update` by hand, with the time left."
-    options = dict(total=items) if isinstance(items, int) else dict(iterable=items)
+    "A progress bar over `items`, or one of that many steps to `update` by hand, with the time left; of several processes the first has it."
+    options = (dict(total=items) if isinstance(items, int) else dict(iterable=items)) | dict(disable=os.environ.get('RANK', '0') != '0')
     return tqdm(**options, desc=description, unit=unit, mininterval=1.0, leave=False, file=sys.stderr, dynamic_ncols=True)
 
 # %% ../nbs/00_errors.ipynb #dc1f8a36

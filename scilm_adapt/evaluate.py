@@ -30,7 +30,7 @@ from .models import (LanguageModel, hidden_states, load, logits_of, parameter_co
                                 weights_hash)
 from .papers import Corpus, document
 from .related import Library, brief, prepare
-from .runs import PALETTE, Run, stage
+from .runs import PALETTE, Run, divided, from_first, ranks, stage
 from .tokens import document_ends, encode, encode_chat, encode_document, pack
 from .training import document_nats, target_states, utf8_sizes
 
@@ -119,14 +119,15 @@ def _nearness(subject: Subject) -> list[list[float]]:
     rows = shared_vocabulary(*pair)
     ids, masks = zip(*(encode_chat(subject.lm.tokenizer, chat['messages']) for chat in chats))
     packed, found = pack(list(ids), subject.context, list(masks)), np.zeros((3, len(chats)))
-    for row in progress_bar(range(len(packed)), f'{subject.name}: nearness', 'row'):
+    def of_row(row: int) -> np.ndarray:
         batch, arrays = packed.batch([row]), packed.arrays([row])
         owners = arrays['documents'][:, 1:][arrays['loss_mask'][:, 1:]]
         log_p = _log_probabilities(pair[0], batch, rows)
         log_q = log_p if pair[1] is pair[0] else _log_probabilities(pair[1], batch, rows)
         divergence, same = (log_p.exp()*(log_p - log_q)).sum(-1), log_p.argmax(-1) == log_q.argmax(-1)
-        for number, values in enumerate((divergence, same, torch.ones_like(divergence))):
-            found[number] += np.bincount(owners, values.double().numpy(), len(chats))
+        return np.stack([np.bincount(owners, values.double().numpy(), len(chats))
+                         for values in (divergence, same, torch.ones_like(divergence))])
+    for one in divided(progress_bar(range(len(packed)), f'{subject.name}: nearness', 'row'), of_row): found += one
     return found.T.tolist()
 
 
@@ -328,14 +329,21 @@ def test_items(models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, d
 
 
 def _recorded(file: Path, make: Callable[[], object]) -> object:
-    "What `make()` gives, kept in `file` with its hash, so that a later call reads it there."
-    try: found = read_json(file)
-    except FileNotFoundError: found = None
-    except (OSError, ValueError): found = {}
-    if isinstance(found, dict) and 'value' in found and hashed(found) == found: return found['value']
-    if found is not None: print(f'  {file.name} is not what was written; measured again', flush=True)
-    write_json(file, hashed(dict(value=(value := make()))))
+    "What `make()` gives, kept in `file` with its hash, so that a later call reads it there; several processes make it together."
+    if found := from_first(lambda: _read_record(file)): return found['value']
+    value = make()
+    if ranks()[0] == 0: write_json(file, hashed(dict(value=value)))
     return value
+
+
+def _read_record(file: Path) -> dict | None:
+    "What a file of `_recorded` holds, None if it is missing, or not what was written, which is said."
+    try: found = read_json(file)
+    except FileNotFoundError: return None
+    except (OSError, ValueError): found = {}
+    if isinstance(found, dict) and 'value' in found and hashed(found) == found: return found
+    print(f'  {file.name} is not what was written; measured again', flush=True)
+    return None
 
 
 def _rows_of(subject: Subject, metric: Metric) -> list[list[float]] | None:
@@ -466,4 +474,4 @@ def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: C
     prints = {name: content_hash([weights_hash(lm.model), lm.tokenizer.chat_template]) for name, lm in models.items()}
     config = dict(models=prints, documents=documents, answers=answers, max_new_tokens=max_new_tokens, context=context, seed=seed,
                   metrics=list(metrics), compared=[asdict(one) for one in compared]) | (dict(related=related) if related else {})
-    return read_json(stage(run, 'evaluation', config, build, [corpus.folder, chats.folder], resumable=True)/'evaluation.json')
+    return read_json(stage(run, 'evaluation', config, build, [corpus.folder, chats.folder], True, True)/'evaluation.json')

@@ -149,7 +149,8 @@ def verified(folder: str | Path, deep: bool = False) -> dict:
         before = _stamp(folder/name)
         trusted = not deep and before and before == known.get(name)
         if trusted or _compare(folder/name, entry) == before and max(before[2:]) < now - SETTLED*1e9: seen[name] = before
-    if seen != known and (_is_memory(folder/SEEN) or not os.path.lexists(folder/SEEN)):
+    mine = os.environ.get('RANK', '0') == '0'  # of several processes that look at once, the first remembers
+    if mine and seen != known and (_is_memory(folder/SEEN) or not os.path.lexists(folder/SEEN)):
         with suppress(OSError): (folder/SEEN).write_bytes(json.dumps({manifest['hash']: seen}).encode())  # a folder may be for reading only
     return manifest
 

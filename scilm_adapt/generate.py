@@ -8,6 +8,7 @@ __all__ = ['REPETITION_PENALTY', 'chat_prompt', 'answer_bits', 'parted', 'stop_i
            'prompt_with', 'respond_with']
 
 # %% ../nbs/26_generate.ipynb #2c71d7d6
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from .decoding import DECODERS, Reader, check_room, check_settings, next_probabi
 from .errors import InputError, progress_bar
 from .models import LanguageModel, logits_of
 from .related import Library, brief
-from .runs import rng
+from .runs import divided, rng
 from .tokens import THOUGHTS, control_tokens, document_ends, encode, encode_chat, encode_stream, end_of_turn, pad, render
 from .training import document_nats, utf8_sizes
 
@@ -192,15 +193,17 @@ def continued(lm: LanguageModel, prompts: list[list[int]], halts: list[int], cha
               decode: Callable[..., torch.Tensor] = sample, **settings) -> Iterator[dict[int, list[int]]]:
     """What `decode` (one of `DECODERS`, or `sample`), with its `settings`, writes after the prompts: by the prompt's number the new ids.
 
-    They come batch by batch, and batch n draws by `chance(n)`. The longest prompts come first: memory is asked for at once.
+    They come batch by batch, and batch n draws by `chance(n)`. The longest prompts come first: memory is asked for at once. Several
+    processes divide the batches.
     """
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    for number, at in enumerate(range(0, len(order), batch_size)):
-        chosen = order[at:at + batch_size]
+    def write(number: int) -> dict[int, list[int]]:
+        chosen = order[number*batch_size:(number + 1)*batch_size]
         batch = pad([prompts[n] for n in chosen], halts[0], left=True)
         generator = torch.Generator().manual_seed(int(chance(number).integers(2**62)))
         ids = decode(lm.model, **batch, eos_token_id=halts, generator=generator, **settings)
-        yield dict(zip(chosen, ids[:, batch['input_ids'].shape[1]:].tolist()))
+        return dict(zip(chosen, ids[:, batch['input_ids'].shape[1]:].tolist()))
+    yield from divided(range(math.ceil(len(order)/batch_size)), write)
 
 
 def _answers_of(lm: LanguageModel, batches: Iterator[dict[int, list[int]]], count: int, halts: list[int], stops: list[int],

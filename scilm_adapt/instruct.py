@@ -29,7 +29,7 @@ from .mining import COMMON, language_of, mine, phrasings, sentences, whole_sente
 from .mining import kinds as mined_kinds
 from .models import ZOO, LanguageModel, weights_hash
 from .papers import OUTCOMES, SPLITS, Corpus, document, save_dataset, source_hash, split
-from .runs import Run, key_of, rng, stage
+from .runs import Run, divided, from_first, key_of, ranks, rng, stage
 from .servers import ask, send
 from .sources import places_of
 from .tokens import encode, encode_chat, render, set_options, tokenizer_hash
@@ -151,28 +151,33 @@ _CHUNK = 64  # answers that are computed, and kept, together
 
 def _local_answers(lm: LanguageModel, prompts: list[list[int]], room: int, temperature: float = 0.0, seed: int = 0,
                   file: str | Path | None = None, description: str = 'answering', thinking: bool = False) -> tuple[list[Answer], Usage]:
-    "An answer for each prompt (token ids), and what they cost; finished parts are appended to `file` and not computed again."
-    kept, answers, usage = finished(file) if file else {}, [], Usage()
-    mark = weights_hash(lm.model) if file else ''
-    with appending(file) as append:
-        for at in range(0, len(prompts), _CHUNK):
-            part = prompts[at:at + _CHUNK]
-            drawn = [[part, at + number, temperature, seed]*(temperature > 0) for number in range(len(part))]  # greedy: by the prompt
-            keys = [content_hash([mark, prompt, room, *more]) for prompt, more in zip(part, drawn)]
-            missing = [number for number, key in enumerate(keys) if key not in kept]
-            if missing and temperature: missing = [*range(len(part))]  # they were drawn together
-            usage.kept += len(part) - len(missing)
-            if missing:
-                chance = int(rng('teacher', seed, at).integers(2**31))
-                found = respond(lm, [part[number] for number in missing], room, temperature, seed=chance, batch_size=_CHUNK,
-                                thinking=thinking, description=f'{description}, from {at} of {len(prompts)}')
-                for number, one in zip(missing, found):
-                    row = dict(key=keys[number], text=one.text, stopped=one.stopped, prompt_tokens=len(part[number]),
-                               completion_tokens=len(one.ids)) | ({} if one.thoughts is None else dict(thoughts=one.thoughts))
-                    append(row)
-                    kept[keys[number]] = row
-            answers += [kept[key] for key in keys]
-    return [row_to_answer(row) for row in answers], usage + usage_of(answers)
+    """An answer for each prompt (token ids), and what they cost; finished parts are appended to `file` and not computed again.
+
+    Several processes divide the parts, and the first writes them down.
+    """
+    kept, mark = from_first(lambda: finished(file) if file else {}), weights_hash(lm.model) if file else ''
+    wanted, keys, asked = [], [], {*kept}
+    for at in range(0, len(prompts), _CHUNK):
+        part = prompts[at:at + _CHUNK]
+        drawn = [[part, at + number, temperature, seed]*(temperature > 0) for number in range(len(part))]  # greedy: by the prompt
+        keys += [content_hash([mark, prompt, room, *more]) for prompt, more in zip(part, drawn)]
+        missing = [number for number in range(at, at + len(part)) if keys[number] not in asked]
+        if missing and temperature: missing = [*range(at, at + len(part))]  # they were drawn together
+        asked.update(keys[at:])
+        if missing: wanted.append((at, missing))
+    def write(one: tuple[int, list[int]]) -> list[dict]:
+        at, missing = one
+        found = respond(lm, [prompts[number] for number in missing], room, temperature, seed=int(rng('teacher', seed, at).integers(2**31)),
+                        batch_size=_CHUNK, thinking=thinking, description=f'{description}, from {at} of {len(prompts)}')
+        return [dict(key=keys[number], text=one.text, stopped=one.stopped, prompt_tokens=len(prompts[number]),
+                     completion_tokens=len(one.ids)) | ({} if one.thoughts is None else dict(thoughts=one.thoughts))
+                for number, one in zip(missing, found)]
+    with appending(file if ranks()[0] == 0 else None) as append:
+        for rows in divided(wanted, write):
+            for row in rows: append(row)
+            kept |= {row['key']: row for row in rows}
+    answers = [kept[key] for key in keys]
+    return [row_to_answer(row) for row in answers], usage_of(answers) + Usage(kept=len(prompts) - sum(len(new) for _, new in wanted))
 
 
 def _user_ids(lm: LanguageModel, messages: list[dict]) -> list[int]:
@@ -731,7 +736,7 @@ def _evaluation_set(sources: Iterable[str]) -> EvaluationSet | None:
 def _earlier_answers(place: Path, *folders: Path) -> Path:
     "The file for a teacher's answers in `place`; it begins with those that an earlier call left in the first of the `folders` with any."
     file, earlier = place/'answers.jsonl', [folder/'answers.jsonl' for folder in folders if (folder/'answers.jsonl').exists()]
-    if earlier and not file.exists(): shutil.copy(earlier[0], file)
+    if ranks()[0] == 0 and earlier and not file.exists(): shutil.copy(earlier[0], file)
     return file
 
 
@@ -863,7 +868,7 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
     say('instruct: conversations about anything, by the teacher alone')
     config = dict(teacher=_writing(teacher).key, tokenizer=tokenizer_hash(tokenizer), wanted=wanted, context=context, thoughts=thoughts,
                   evaluation=source_hash(evaluation) if evaluation else '')
-    folder = stage(run, 'general-chats', config, make, resumable=True)
+    folder = stage(run, 'general-chats', config, make, resumable=True, together=True)
     _show_chats(read_json(folder/'report.json'))
     return folder
 
@@ -948,7 +953,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
     spoken = _general_stages(run, general_share, len(given['train']) if chats else conversations, teacher, tokenizer, context=context,
                              seed=seed, thoughts=thoughts, evaluation=evaluation)
     extra = open_chats(spoken[0]) if spoken else {}
-    folder = stage(run, 'chats', config, make, [corpus.folder, *spoken], resumable=True)
+    folder = stage(run, 'chats', config, make, [corpus.folder, *spoken], resumable=True, together=True)
     _show_chats(read_json(folder/'report.json'))
     train, valid, test = (part.to_list() for part in open_chats(folder).values())
     return Chats(train + (extra['train'].to_list() if extra else []), valid, test, folder, extra['test'].to_list() if extra else [])

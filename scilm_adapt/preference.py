@@ -345,7 +345,7 @@ def prepare(run: Run, lm: LanguageModel, records: Sequence[dict], preference: Pr
         pairs = _make_pairs(lm, records, preference, seed)
         print(f'  preferences: {len(pairs):,} pairs,', ', '.join(f'{n} {name}' for name, n in Counter(p.corruption for p in pairs).items()))
         write_text(folder/'pairs.jsonl', ''.join(json.dumps(asdict(pair)) + '\n' for pair in pairs))
-    folder = stage(run, 'preferences', config, make, parents)
+    folder = stage(run, 'preferences', config, make, parents, together=True)
     return [Pair(**json.loads(line)) for line in (folder/'pairs.jsonl').read_text(encoding='utf-8').splitlines()]
 
 # %% ../nbs/30_preference.ipynb #c8d0b5ec

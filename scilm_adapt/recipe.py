@@ -22,9 +22,9 @@ from torch import nn
 from .checkpoints import Checkpoints
 from .errors import InputError, nearest
 from .models import LanguageModel, load, save, weights_hash
-from .runs import Run, stage
+from .runs import Run, ranks, stage
 from .tokens import tokenizer_hash
-from .training import Trackers, exact, fit, keep_history, trackers_of
+from .training import Trackers, exact, fit, keep_history, trackers_of, whole_model
 
 # %% ../nbs/24_recipe.ipynb #b126e18d
 def lora(model: nn.Module, rank: int, alpha: float | None = None, seed: int = 0) -> tuple[nn.Module, Callable[[], nn.Module]]:
@@ -93,6 +93,9 @@ class Recipe:
             raise InputError(f"context is {self.context} tokens, but '{student.name}' was built for {student.context}; set context to at "
                              f"most that.")
         trackers_of(self.trackers)
+        if self.batch_size < (count := ranks()[1]):
+            raise InputError(f'batch_size is {self.batch_size}, and {count} processes cannot share so few rows; set batch_size to at least '
+                             f'{count}, or start at most {self.batch_size} processes.')
 
 
 def _fields_of(kind: type, names: Iterable[str]) -> dict[str, Field]:
@@ -200,10 +203,10 @@ def train_stage(run: Run, name: str, recipe: Recipe, student: LanguageModel, tas
                       micro_batch=recipe.micro_batch or None, gradient_checkpointing=recipe.gradient_checkpointing,
                       on_step_end=task.on_step_end, checkpoints=Checkpoints(scratch), state=task.state, records_at=task.records_at,
                       description=description, trackers=trackers)
-        trained = replace(student, model=merge() if merge else model)
-        save(trained, folder)
+        trained = replace(student, model=merge() if merge else whole_model(model))
+        if ranks()[0] == 0: save(trained, folder)
         keep_history(folder, history)
         if task.finish: task.finish(trained)
     key = recipe.key() | dict(student=weights_hash(student.model), tokenizer=tokenizer_hash(student.tokenizer)) | config
-    folder = stage(run, f'models/{name}', key, make, parents, resumable=True)
+    folder = stage(run, f'models/{name}', key, make, parents, resumable=True, together=True)
     return replace(load(folder, next(student.model.parameters()).device), name=name)

@@ -18,7 +18,7 @@ from .servers import send
 from .errors import InputError
 from .files import content_hash, hashed, write_json
 from .models import LanguageModel, load, teacher_dtype
-from .runs import Run
+from .runs import Run, from_first
 from .teacher import (CachedTeacher, begin_cache, damage, data_hash, open_cache, read_about, record, refuse_stale,
                                  write_shard)
 from .tokens import Packed, encode_chat, pack, reading_of
@@ -259,7 +259,8 @@ def _remote_targets(folder: str | Path, endpoint: Endpoint, student_tokenizer: o
                 token_ids=token_ids, tokenizer=reading_of(student_tokenizer), template=content_hash(student_tokenizer.chat_template),
                 questions=content_hash([_questions(chat) for chat in asked]))
     made |= {name: value for name, value in dict(options=endpoint.options, thoughts=endpoint.thoughts).items() if value}
-    cache = _write_targets(folder/'targets', found.done, packed, made)
+    from_first(lambda: _write_targets(folder/'targets', found.done, packed, made) and None)
+    cache = open_cache(folder/'targets', packed)
     size, about = sum(one.size for one in found.done), cache.report()
     print(f"  targets from {endpoint.model}: {about['targets']:,} of {size:,} tokens in {len(found.chats):,} of {len(chats):,} answers, "
           f"{about['mass']:.0%} of the probability", flush=True)

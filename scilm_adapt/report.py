@@ -30,7 +30,7 @@ from .files import content_hash, ledger, read_json, staged_folder, to_json, writ
 from .intervals import Metric, estimates
 from .models import LanguageModel, best_device, save, weights_hash
 from .papers import Corpus
-from .runs import Run, figure_theme, stage
+from .runs import Run, by_first, figure_theme, stage
 from .training import PROBE, ROLLOUT
 
 # %% ../nbs/51_report.ipynb #f265e7b0
@@ -544,6 +544,7 @@ def _draw_figures(run: Run, result: dict) -> Path:
     return run.folder/'figures'
 
 
+@by_first
 def publish(run: Run, result: dict, config: dict, corpus: Corpus) -> Path:
     """Write figures, report.md, report.html, the model cards and metrics.json into the run's folder, and print the table.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MALLOC', 'SENTINEL', 'Parameter', 'read_parameters', 'check_parameters', 'describe_parameters', 'shipped_notebook',
-           'find_preset', 'read_preset', 'stop', 'RunFailed', 'run_notebook']
+           'find_preset', 'read_preset', 'stop', 'RunFailed', 'heading_of', 'cause_of_death', 'run_notebook']
 
 # %% ../nbs/53_running.ipynb #e644e434
 import ast
@@ -310,25 +310,30 @@ def _check_finished(executed: dict) -> None:
     if SENTINEL not in printed: raise RunFailed(f"the last cell did not print '{SENTINEL}'")
 
 # %% ../nbs/53_running.ipynb #ea6507c4
+def heading_of(text: str) -> str:
+    "The last heading in a cell of text; '' if there is none."
+    return (re.findall(r'^#+ +(.+)', text, re.MULTILINE) or [''])[-1]
+
+
 def _where(executed: dict) -> str:
     "The last cell that was started, as a person finds it: its number and the heading above it."
     heading, place, number = '', 'before its first cell', 0
     for cell in executed['cells']:
         text = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': heading = (re.findall(r'^#+ +(.+)', text, re.MULTILINE) or [heading])[-1]
+        if cell['cell_type'] == 'markdown': heading = heading_of(text) or heading
         elif text.strip() and cell['metadata']['papermill']['start_time']:
             number += 1
             place = f'in cell In [{number}]' + (f' ({heading})' if heading else '')
     return place
 
 
-def _cause_of_death(status: int | None) -> str:
-    "A sentence for the exit status of a kernel's process (minus the number of the signal that ended it)."
+def cause_of_death(status: int | None, who: str = 'the kernel') -> str:
+    "A sentence for the exit status of a process (minus the number of the signal that ended it)."
     if status == -signal.SIGKILL:
-        return ('the kernel died: it was killed from outside (SIGKILL). Lack of memory is the likely cause; '
+        return (f'{who} died: it was killed from outside (SIGKILL). Lack of memory is the likely cause; '
                 'take smaller models, a smaller batch or a shorter context')
-    if status is not None and status < 0: return f'the kernel died: it crashed ({signal.Signals(-status).name})'
-    return f'the kernel died: its process ended with exit code {status}'
+    if status is not None and status < 0: return f'{who} died: it crashed ({signal.Signals(-status).name})'
+    return f'{who} died: its process ended with exit code {status}'
 
 
 def _explain(error: BaseException, executed: dict) -> BaseException:
@@ -379,7 +384,7 @@ def _execute(notebook: Path, parameters: dict[str, object], output: Path) -> Non
                              km=manager, coalesce_streams=True)
         except PapermillExecutionError as error: raise _word_of(error) from None
         except DeadKernelError:
-            raise RunFailed(_cause_of_death(manager.provisioner.process.poll())) from None
+            raise RunFailed(cause_of_death(manager.provisioner.process.poll())) from None
 
 
 def run_notebook(notebook: str | Path, parameters: dict[str, object], folder: str | Path) -> Path:

@@ -20,6 +20,7 @@ from .endpoint import (Budget, Endpoint, Unreachable, Usage, answer_row, appendi
 from .errors import InputError, progress_bar
 from .files import content_hash
 from .generate import Answer
+from .runs import by_first
 
 # %% ../nbs/37_servers.ipynb #ser00008
 @dataclass
@@ -221,12 +222,14 @@ def _same_model(servers: tuple[Endpoint, ...]) -> tuple[str | None, ...]:
     return said
 
 # %% ../nbs/37_servers.ipynb #28b3f3f0
+@by_first
 def send(endpoint: Endpoint, requests: list[dict], file: str | Path | None = None,
          description: str = 'asking') -> tuple[list[dict | None], Usage]:
     """A row for each request (see `endpoint.answer_row`), or None for one that failed for good, and what they cost.
 
     Rows are kept in `file` by what was asked of which model, not where, and what is answered there is not asked again. The servers of the
-    endpoint share the requests. InputError when they do not serve the same model, when none is left or all requests fail, and when the
+    endpoint share the requests; of several processes of a run the first asks for all, since servers that are asked by each would not
+    answer faster. InputError when they do not serve the same model, when none is left or all requests fail, and when the
     budget is spent.
     """
     start, endpoint = time.perf_counter(), named(endpoint)

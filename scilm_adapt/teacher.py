@@ -24,7 +24,7 @@ from .divergence import (Divergence, Head, chunk_size, common_rows, floored, hea
 from .errors import InputError, progress_bar
 from .files import check_free, content_hash, file_hash, hashed, read_json, write_json
 from .models import LanguageModel, hidden_states, mixed_precision, shared_vocabulary, weights_hash
-from .runs import rng
+from .runs import divided, from_first, meet, ranks, rng
 from .tokens import Packed, Tokens, best_fit, reading_of
 from .training import target_states
 
@@ -318,7 +318,8 @@ def begin_cache(folder: Path, about: dict) -> None:
 
 def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int = 16, how: str = 'sampled', seed: int = 0,
                 temperature: float = 1.0, shard: int = 2**17) -> 'CachedTeacher':
-    """What `teacher` says at the loss tokens of `packed`, k words a token, written to `folder` and opened; it goes on where it stopped.
+    """What `teacher` says at the loss tokens of `packed`, k words a token, written to `folder` and opened; it goes on where it stopped,
+    and several processes divide the files.
 
     `how` is 'sampled' or 'top_k', `temperature` that of the loss, `shard` about how many targets a file holds. InputError for an
     impossible k, how or temperature, and for a folder with a cache of something else, which is left alone.
@@ -329,22 +330,31 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     if not temperature > 0: raise InputError(f'temperature is {temperature}; it must be greater than 0 (1 changes nothing).')
     wanted = dict(how=how, k=k, seed=seed, temperature=temperature, shard=shard, rows=size, data=data_hash(packed), alpha=None,
                   adapted=None, base=None) | teacher.fingerprint()
-    about = dict(made=wanted, complete=False, shards={})
-    if (folder/'targets.json').exists(): about = read_about(folder)
-    refuse_stale(folder, about['made'], wanted)
-    if not (folder/'targets.json').exists(): check_free(folder)
-    else:
-        for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
     parts, numbers = _shards_of(packed, shard), _numbered(packed)
-    for number, part in enumerate(progress_bar(parts, 'asking the teacher', 'shard')):
-        file = folder/f'shard-{number:05}.bin'
-        if not damage(file, about['shards'].get(file.name)): continue
-        records, statistics = _asked(teacher, part, numbers, k, how, seed, temperature, size)
-        begin_cache(folder, about)
-        about['shards'][file.name] = write_shard(file, records) | dict(statistics=statistics)
+    about, missing = from_first(lambda: _begun(folder, wanted, len(parts)))
+    def write(number: int) -> dict:
+        records, statistics = _asked(teacher, parts[number], numbers, k, how, seed, temperature, size)
+        return write_shard(folder/_shard_name(number), records) | dict(statistics=statistics)
+    for number, entry in zip(missing, divided(progress_bar(missing, 'asking the teacher', 'shard'), write)):
+        about['shards'][_shard_name(number)] = entry
         about['complete'] = len(about['shards']) == len(parts)
-        write_json(folder/'targets.json', hashed(about))
+        if ranks()[0] == 0: write_json(folder/'targets.json', hashed(about))
+    meet()
     return open_cache(folder, packed)
+
+
+def _shard_name(number: int) -> str:
+    "The name of a shard's file."
+    return f'shard-{number:05}.bin'
+
+
+def _begun(folder: Path, wanted: dict, parts: int) -> tuple[dict, list[int]]:
+    "What a cache of so many `parts` says of itself, begun if it is not there, and the numbers of the shards that it lacks."
+    about = read_about(folder) if (folder/'targets.json').exists() else dict(made=wanted, complete=False, shards={})
+    refuse_stale(folder, about['made'], wanted)
+    begin_cache(folder, about)
+    for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
+    return about, [number for number in range(parts) if damage(folder/_shard_name(number), about['shards'].get(_shard_name(number)))]
 
 # %% ../nbs/42_teacher.ipynb #33e95515
 def open_cache(folder: str | Path, packed: Packed, teacher: OpenTeacher | None = None, **asked_for: object) -> 'CachedTeacher':

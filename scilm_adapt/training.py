@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'ON_POLICY', 'ROLLOUT', 'PROBE', 'target_states', 'exact', 'lm_loss', 'micro_batches', 'as_part', 'part_of',
-           'schedule', 'adamw', 'muon', 'Trackers', 'trackers_of', 'fit', 'keep_history', 'document_nats', 'utf8_sizes']
+           'schedule', 'is_shared_out', 'whole_model', 'adamw', 'muon', 'Trackers', 'trackers_of', 'fit',
+           'keep_history', 'document_nats', 'utf8_sizes']
 
 # %% ../nbs/23_training.ipynb #46b4eb13
 import gc
@@ -31,6 +32,7 @@ from .checkpoints import Checkpoints, OptimizerState, RngState, SettingsState, W
 from .errors import InputError, Stopped, progress_bar, stop_gently
 from .files import content_hash, write_json
 from .models import LanguageModel, hidden_states, logits_of, mixed_precision
+from .runs import divided
 from .tokens import pack
 
 # %% ../nbs/23_training.ipynb #402ea04d
@@ -54,12 +56,15 @@ def lm_loss(model, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None =
 def micro_batches(batch: dict[str, torch.Tensor], rows: int | None, rank: int = 0, ranks: int = 1) -> list[dict[str, torch.Tensor]]:
     """This rank's share of a batch, in parts of at most `rows` rows of `input_ids`; scalars are kept in every part.
 
-    All ranks have equally many parts and none is empty, so where ranks share unevenly, a part for one row may hold two.
+    All ranks have equally many parts and none is empty, so where ranks share unevenly, a part for one row may hold two. Of n parts on
+    all ranks together, one has every n-th row, whoever has it: two ranks with one part each have the very parts of one rank with two.
     """
     size = len(batch['input_ids'])
     if size < ranks: raise InputError(f'A batch of {size} rows cannot be shared by {ranks} processes; raise the batch size.')
     parts = min(math.ceil(math.ceil(size/ranks)/(rows or size)), size//ranks)
-    split = {name: value[rank::ranks].tensor_split(parts) if value.ndim else [value]*parts for name, value in batch.items()}
+    def cut(mine: torch.Tensor) -> list[torch.Tensor]:
+        return [mine[part::parts] for part in range(parts)] if isinstance(mine, torch.Tensor) else mine.tensor_split(parts)
+    split = {name: cut(value[rank::ranks]) if value.ndim else [value]*parts for name, value in batch.items()}
     return [{name: values[part] for name, values in split.items()} for part in range(parts)]
 
 # %% ../nbs/23_training.ipynb #0e33a002
@@ -92,8 +97,26 @@ class _LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__()
         self.model, self.loss = model, loss
+        kinds = {type(module).__name__ for module in model.modules()}  # FSDP gathers one of these at a time
+        self._no_split_modules = [name for name in getattr(model, '_no_split_modules', None) or () if name in kinds]
 
     def forward(self, batch): return self.loss(self.model, batch)
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    "Whether each of several processes holds a part of the weights only (FSDP2)."
+    return any(hasattr(p, 'to_local') for p in model.parameters())
+
+
+@torch.no_grad()
+def whole_model(model: nn.Module) -> nn.Module:
+    "The model itself; where processes hold parts of its weights, a copy with all of them. All processes have to call it."
+    if not is_shared_out(model): return model
+    weights = {name: value.full_tensor() if hasattr(value, 'full_tensor') else value for name, value in model.state_dict().items()}
+    with torch.random.fork_rng(devices=[]): copied = type(model)(model.config)
+    copied.to(next(iter(weights.values()))).load_state_dict(weights)
+    copied.generation_config = model.generation_config
+    return copied.eval()
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> list[torch.optim.Optimizer]:
@@ -312,7 +335,9 @@ def fit(model: nn.Module, batch_at: Callable[[int], dict], loss: Callable, steps
     settings = dict(steps=steps, learning_rate=learning_rate, seed=seed, clip=clip, precision=accelerator.mixed_precision)
     parts = _parts_of(accelerator, model, chosen, progress, settings, state)
     if checkpoints: checkpoints.load(parts)
-    def limit() -> float: return float(accelerator.clip_grad_norm_(model.parameters(), clip))
+    def limit() -> float:
+        norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+        return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
     def skip(wrong: str, step: int) -> None: _stop_or_skip(wrong, step, progress, skip_bad, records_at, description)
     tracked, bar = trackers.open(accelerator, description, settings, len(progress.history)), progress_bar(steps, description, unit='step')
     with closing(bar), _in_training(model, gradient_checkpointing), tracked, stop_gently() as stop_requested:
@@ -346,20 +371,22 @@ def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[lis
                   context: int = 512, description: str = 'measuring') -> np.ndarray:
     """Negative log-likelihood (nats) of each document's marked tokens (all but the first, if None), summed: an array [len(documents)].
 
-    Documents longer than `context` are read in windows; `rows` are computed at once (None: as many as keep the logits below half a GiB).
+    Documents longer than `context` are read in windows; `rows` are computed at once (None: as many as keep the logits below half a GiB),
+    and several processes divide these batches.
     """
     packed = pack(documents, context := min(context, lm.context), masks)
     rows = rows or min(16, max(1, 2**27//(context*len(lm.tokenizer))))
     device, nats = next(lm.model.parameters()).device, np.zeros(len(documents))
-    for at in progress_bar(range(0, len(packed), rows), description, 'batch'):
+    def measured(at: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = list(range(at, min(at + rows, len(packed))))
         batch = {name: value.to(device) for name, value in packed.batch(numbers).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' and mixed_precision(device) == 'bf16'):
             states, targets = target_states(hidden_states(lm.model, batch), batch)
             losses = F.cross_entropy(exact(logits_of(lm.model, states)), targets, reduction='none').double().cpu().numpy()
         rows_of = packed.arrays(numbers)
-        owners = rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]]
-        nats += np.bincount(owners, weights=losses, minlength=len(documents))
+        owners, places = np.unique(rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]], return_inverse=True)
+        return owners, np.bincount(places, weights=losses)
+    for owners, sums in divided(progress_bar(range(0, len(packed), rows), description, 'batch'), measured): nats[owners] += sums
     return nats
 
 

@@ -23,8 +23,8 @@ settings.load_profile('house')
 
 
 # Of two processes that share out files, one would end with the longest alone: they come first (with --no-loadscope-reorder).
-LONG = ['test_pipeline', 'test_cli', 'test_files', 'test_instruct', 'test_endpoint', 'test_distill', 'test_benchmark', 'test_site',
-        'test_house', 'test_alignment', 'test_faults', 'test_training']
+LONG = ['test_pipeline', 'test_together', 'test_cli', 'test_files', 'test_instruct', 'test_endpoint', 'test_distill', 'test_benchmark',
+        'test_site', 'test_house', 'test_alignment', 'test_faults', 'test_training']
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

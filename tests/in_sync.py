@@ -15,7 +15,7 @@ def copy_sources(root: Path, copy: Path) -> None:
     "Copy to `copy` what the generators read and write, without the modules: a module no notebook exports must not survive."
     shutil.copytree(root/'nbs', copy/'nbs', symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     (copy/'scilm_adapt').mkdir()
-    for name in ('settings.ini', 'README.md', '_quarto.yml', 'scilm_adapt/__init__.py'):
+    for name in ('settings.ini', 'README.md', '_quarto.yml', 'scilm_adapt/__init__.py', 'scilm_adapt/__main__.py'):
         if (root/name).exists(): shutil.copy2(root/name, copy/name)
 
 

@@ -413,7 +413,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_wheel_takes_notebook_presets_and_models_along(wheel):
     names = set(wheel.namelist())
     assert {f'scilm_adapt/notebooks/presets/{p.name}' for p in PRESETS} | {'scilm_adapt/notebooks/run.ipynb'} <= names
-    assert {f'scilm_adapt/{p.name}' for p in MODULES} <= names
+    assert {f'scilm_adapt/{p.name}' for p in MODULES} | {'scilm_adapt/__main__.py'} <= names
+    assert {f'scilm_adapt/notebooks/presets/accelerate/{p.name}' for p in (ROOT/'nbs'/'presets'/'accelerate').iterdir()} <= names
     zoo = {str(p.relative_to(ROOT)) for p in committed() if (ROOT/'scilm_adapt'/'zoo') in p.parents}
     assert zoo and zoo <= names
     for model in ('student', 'teacher'): assert f'scilm_adapt/zoo/{model}/model.safetensors' in names

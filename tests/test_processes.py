@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from world import WORDS, descent, two_processes
@@ -16,7 +17,7 @@ from scilm_adapt.models import LanguageModel, build
 from scilm_adapt.runs import rng
 from scilm_adapt.teacher import LiveTeacher
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
-from scilm_adapt.training import _LossModule, adamw, fit, micro_batches, schedule
+from scilm_adapt.training import _accelerator_for, _LossModule, adamw, fit, is_shared_out, micro_batches, schedule, whole_model
 
 torch.set_num_threads(1)
 # Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way. AdamW divides a
@@ -27,7 +28,8 @@ CASES = dict(
     a_row_too_few_and_a_process_without_papers=dict(rows=5, papers=1, micro_batch=2, bits=64, divergence='reverse_kl'),
     in_32_bits=dict(rows=5, papers=3, micro_batch=2, bits=32, divergence='forward_kl', plain=True),
     shared_weights=dict(rows=6, papers=3, micro_batch=2, bits=64, divergence='jsd', shared=True),
-    shared_weights_of_a_layer=dict(rows=5, papers=3, micro_batch=None, bits=64, divergence='forward_kl', shared=True))
+    shared_weights_of_a_layer=dict(rows=5, papers=3, micro_batch=None, bits=64, divergence='forward_kl', shared=True),
+    shared_weights_by_accelerate=dict(rows=5, papers=3, micro_batch=2, bits=64, divergence='jsd', accelerate=True))
 
 
 def sentence(seed: int, words: int) -> str: return ' '.join(rng('sentence', seed).choice(WORDS, words)).capitalize() + '.'
@@ -78,11 +80,33 @@ def train_shared(case: dict, layers: bool) -> tuple[list[dict], dict[str, torch.
     return history, {name: p.full_tensor() for name, p in student.model.named_parameters()}
 
 
+FSDP2 = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_AUTO_WRAP_POLICY='TRANSFORMER_BASED_WRAP', FSDP_STATE_DICT_TYPE=
+             'SHARDED_STATE_DICT', FSDP_RESHARD_AFTER_FORWARD='true', FSDP_CPU_RAM_EFFICIENT_LOADING='false')  # as in fsdp2.yaml
+
+
+def train_by_accelerate(case: dict) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    "`fit` with FSDP2 as Accelerate does it. All that is overruled is that it does so on cards only."
+    def sharing(*settings):
+        accelerator = _accelerator_for(*settings)
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+        return accelerator
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FSDP2.items(): patch.setenv(name, value)
+        patch.setattr('scilm_adapt.training._accelerator_for', sharing)
+        history, student = train(case)
+    assert is_shared_out(student.model)
+    whole = whole_model(student.model)
+    batch = dict(input_ids=torch.tensor([[5, 6, 7]]))
+    assert not is_shared_out(whole) and whole(**batch).logits.isfinite().all()
+    return history, dict(whole.named_parameters())
+
+
 def work(folder: Path) -> None:
     "What each of two processes does: all cases, one after the other."
     rank = os.environ['RANK']
     for name, case in CASES.items():
         if case.get('shared'): history, weights = train_shared(case, layers=name.endswith('layer'))
+        elif case.get('accelerate'): history, weights = train_by_accelerate(case)
         else:
             history, student = train(case)
             weights = dict(student.model.named_parameters())

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -380,7 +381,11 @@ def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path):
 
 
 def test_of_several_ranks_the_first_locks_and_publishes(tmp_path):
-    first, second = (in_another(tmp_path, dict(RANK=str(rank), WORLD_SIZE='2')) for rank in (0, 1))
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = str(free.getsockname()[1])
+    settings = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+    first, second = (in_another(tmp_path, settings | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in (0, 1))
     assert [process.communicate()[0].split()[-1] for process in (first, second)] == ['built']*2
     assert names(tmp_path) == ['other'] and (tmp_path/runs._HOLDER).read_text() == f'{first.pid}\n'
 
