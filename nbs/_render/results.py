@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from scilm_adapt import report
+from scilm_adapt.evaluate import VERDICTS, signed_interval
 from scilm_adapt.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,19 @@ def adopt(run_folder: str, name: str) -> None:
     shutil.copy(Path(run_folder)/'figures'/'before-after.png', RESULTS/f'{name}.png')
 
 
+def itself() -> list[str]:
+    "What the plainest form of the claim came to, a model that is student and teacher, and what its control says of it."
+    metrics = read_json(RESULTS/'itself.json')
+    science = next(found for found in metrics['differences'] if found['against'] == 'control' and found['metric'] == 'science_bpb')
+    return [
+        f"The plainest form of the claim is [a model that is its own teacher](nbs/itself.ipynb): SmolLM2-135M-Instruct reads the papers "
+        f"(seed {metrics['config']['seed']}, {metrics['config']['steps']} steps) and is then taught by itself as it was before.",
+        report.promises(metrics).to_markdown(index=False),
+        'Part of that science is the repair of a file that is rounded to four bits, and papers that are written like the general text. Against '
+        f"a control that read as much general text instead, the result is at {signed_interval(science)} bits per byte of science: "
+        f"{VERDICTS[science['verdict']]}."]
+
+
 def readme_block() -> str:
     "The results as the README shows them: the table and the figure of the quickstart, and what was promised."
     metrics = read_json(RESULTS/'quickstart.json')
@@ -33,7 +47,7 @@ def readme_block() -> str:
         f"torch {metrics['versions']['torch']}):",
         report.table(metrics).to_markdown(), report.table_note(metrics),
         '![Before and after, for each kind of text, with intervals](nbs/results/quickstart.png)',
-        report.promises(metrics).to_markdown(index=False),
+        report.promises(metrics).to_markdown(index=False), *itself(),
         'The first three test questions and the first three general ones, which nobody has picked, and what each model says:',
         report.side_by_side(metrics)])
 
