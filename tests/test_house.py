@@ -60,7 +60,8 @@ def code(path: Path) -> list[str]:
 
 def parse(source: str) -> ast.Module:
     "Syntax tree of a cell or file; `%magic` and `!shell` lines become calls."
-    return ast.parse(TransformerManager().transform_cell(source))
+    try: return ast.parse(source)  # as nearly all cells are
+    except SyntaxError: return ast.parse(TransformerManager().transform_cell(source))
 
 
 @cache
