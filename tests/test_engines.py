@@ -17,6 +17,7 @@ from scilm_adapt import cli, engines
 from scilm_adapt.duplicates import Signature
 from scilm_adapt.engines import Step, _compare, _write_rows, _write_signatures, engine, spread
 from scilm_adapt.errors import InputError
+from scilm_adapt.files import MANIFEST, SEEN
 from scilm_adapt.papers import Checked, Job, build, prepare
 from scilm_adapt.runs import Run
 from scilm_adapt.tokens import spread_tokens, store_tokens, train_tokenizer
@@ -66,7 +67,7 @@ def mess(tmp_path_factory) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     "The files of a corpus by name, but what holds the time at which it was made."
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*'))
-            if path.is_file() and path.name not in ('manifest.json', 'state.json', '.seen.json')}
+            if path.is_file() and path.name not in (MANIFEST, SEEN, 'state.json')}
 
 
 @pytest.fixture(scope='module')
