@@ -203,7 +203,7 @@ def test_synthetic_records_repeat_each_other_as_they_say():
     assert found == [*growth.records(3000)] and found[:500] == [*growth.records(500)], 'more of them begin with the fewer'
     assert len({record['id'] for record in found}) == 3000
     texts = [record['abstract'] for record in found]
-    assert 0.12 < 1 - len({*texts})/3000 < 0.20  # copies and what has no text of its own; a word changed is another text
+    assert 0.06 < 1 - len({*texts})/3000 < 0.10  # copies and what has no text of its own; a word changed is another text
     assert sum(text is None for text in texts) > 10 and abs(np.mean([len(text.split()) for text in texts if text]) - 100) < 8
 
 
@@ -217,9 +217,9 @@ def test_what_work_takes_is_seen():
 
 
 def test_a_step_of_a_larger_model_takes_more(tmp_path):
-    small, large = (growth.step(tmp_path, 32, 512, shape, steps=2) for shape in ((32, 1, 2), (192, 2, 2)))
+    small, large = (growth.step(tmp_path, 32, 512, shape, steps=2) for shape in ((32, 1, 2), (384, 4, 4)))
     assert large['weights'] > 10*small['weights'] and large['seconds'] > 0 < small['seconds']
-    assert large['MiB'] > 4*4*large['weights']/2**20, 'weights, gradients and two moments of four bytes'
+    assert large['MiB'] > 0.8*4*4*large['weights']/2**20, 'weights, gradients and two moments of four bytes, but for what lay about'
 
 
 @needs_trl
