@@ -57,6 +57,8 @@ def papers(arguments: list[str]) -> int:
                         '(default: the first) with the boxes that are read, numbered and coloured by kind: FILE.page1.png, or -o PICTURE')
     parser.add_argument('--grobid', metavar='URL', help='have PDFs read by this GROBID server, as http://127.0.0.1:8070')
     parser.add_argument('--grobid-only', action='store_true', help='quarantine what GROBID cannot read, rather than read it without it')
+    parser.add_argument('--engine', metavar='NAME', default='', help='have the work shared out by this engine, as datatrove: what is done '
+                        'stays done when a worker or all of it is killed, and what is kept is the same (default: none)')
     parser.add_argument('--strict', action='store_true', help='stop at the first record that cannot be read')
     parser.add_argument('--decontaminate', metavar='FILE', nargs='+', default=[], dest='evaluation',
                         help='evaluation files whose texts must not be in it')
@@ -66,14 +68,15 @@ def papers(arguments: list[str]) -> int:
     parser.add_argument('--without', metavar='RULE', nargs='+', default=[], help='rules and filters of the cleaning to switch off')
     parser.add_argument('--limit', metavar='N', type=int, help='read at most so many records of each source')
     options = vars(parser.parse_args(arguments))
-    out, sources, page, url, only = map(options.pop, ('out', 'sources', 'show', 'grobid', 'grobid_only'))
+    out, sources, page, url, only, name = map(options.pop, ('out', 'sources', 'show', 'grobid', 'grobid_only', 'engine'))
     if page is not None: return _show(sources, page, out)
     if not out: parser.error('the following arguments are required: -o/--out')
     if only and not url: raise InputError('--grobid-only needs the address of the server: --grobid http://127.0.0.1:8070.')
+    from scilm_adapt.engines import engine
     from scilm_adapt.papers import build, count_table
     from scilm_adapt.pdf import Grobid
     folder, options['grobid'] = Path(out), url and Grobid(url, otherwise_read=not only)
-    report = build(folder, sources, **options)
+    report = build(folder, sources, engine=engine(name), **options)
     print(count_table(report))
     for name in ('fields', 'touched', 'filters', 'quarantine', 'languages', 'splits'):
         if report[name]: print(f'{name}: ' + ', '.join(key if name == 'fields' else f'{key} {n:,}' for key, n in report[name].items()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['locks', 'UNFINISHED', 'PALETTE', 'ranks', 'exchanged', 'from_first', 'by_first', 'divided', 'meet', 'Run', 'key_of',
-           'drop_scratch', 'stage', 'survey', 'rng', 'figure_theme']
+           'drop_scratch', 'code_version', 'stage', 'survey', 'rng', 'figure_theme']
 
 # %% ../nbs/02_runs.ipynb #a7d61580
 import os
@@ -229,7 +229,7 @@ def drop_scratch(folder: Path, scratch: Path) -> None:
 
 
 @cache
-def _code_version() -> dict[str, str]:
+def code_version() -> dict[str, str]:
     "The version of this package and a hash of its modules."
     modules = sorted(Path(scilm_adapt.__file__).parent.glob('*.py'))
     return dict(version=scilm_adapt.__version__, sources=content_hash([file_hash(path) for path in modules]))
@@ -302,9 +302,10 @@ def _make(run: Run, name: str, key: str, config: dict, build: Callable[..., None
 
 def _seal(run: Run, name: str, folder: Path, about: dict, seconds: float) -> None:
     "Write the manifest of a stage that is built in `folder`, and its files into the run's ledger."
-    sealed = seal(folder, **about, code=_code_version(), seconds=round(seconds, 2), made=datetime.now(UTC).isoformat(timespec='seconds'))
+    sealed = seal(folder, **about, code=code_version(), seconds=round(seconds, 2), made=datetime.now(UTC).isoformat(timespec='seconds'))
     files = {file: entry['sha256'] for file, entry in sealed['files'].items()} | {MANIFEST: file_hash(folder/MANIFEST)}
     note(run.folder, {f'{name}/{file}': digest for file, digest in files.items()})
+
 
 # %% ../nbs/02_runs.ipynb #799a1dc0
 def _stage_names(folder: Path) -> tuple[set[str], set[str]]:

@@ -7,8 +7,8 @@ __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'THOUGHTS', 'USEFUL', 'trai
            'encode_many', 'encode', 'document_ends', 'encode_documents', 'encode_document', 'named_templates',
            'parse_options', 'set_options', 'mark', 'apply_template', 'render', 'opening', 'Place', 'lay_out',
            'encode_chat', 'asked_tokens', 'end_of_turn', 'settled', 'Tokens', 'write_tokens', 'read_tokens',
-           'reading_of', 'tokenizer_hash', 'store_tokens', 'best_fit', 'Packed', 'runs', 'pack', 'documents_in',
-           'batch_rows', 'pad']
+           'reading_of', 'tokenizer_hash', 'store_tokens', 'spread_tokens', 'best_fit', 'Packed', 'runs', 'pack',
+           'documents_in', 'batch_rows', 'pad']
 
 # %% ../nbs/18_tokens.ipynb #4fd9ae5b
 import json
@@ -18,9 +18,10 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from shutil import copyfileobj
 
 import numpy as np
 import torch
@@ -28,8 +29,10 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .engines import Step, spread
 from .errors import InputError, progress_bar
 from .files import content_hash, read_json, write_json
+from .papers import Corpus, Records, document, open_papers
 from .runs import Run, rng, stage
 
 # %% ../nbs/18_tokens.ipynb #c0ec4dc4
@@ -398,8 +401,13 @@ def write_tokens(folder: str | Path, documents: Iterable[list[int]], vocabulary:
         for ids in documents:
             file.write(np.array(ids, dtype).tobytes())
             starts.append(starts[-1] + len(ids))
-    np.save(folder/'starts.npy', np.frombuffer(starts, np.int64))
-    write_json(folder/'tokens.json', dict(documents=len(starts) - 1, tokens=starts[-1], type=dtype.name))
+    _write_starts(folder, np.frombuffer(starts, np.int64), dtype)
+
+
+def _write_starts(folder: Path, starts: np.ndarray, dtype: np.dtype) -> None:
+    "Write where documents begin, and the readable summary."
+    np.save(folder/'starts.npy', starts)
+    write_json(folder/'tokens.json', dict(documents=len(starts) - 1, tokens=int(starts[-1]), type=dtype.name))
 
 
 def read_tokens(folder: str | Path) -> Tokens:
@@ -431,6 +439,41 @@ def store_tokens(run: Run, name: str, texts: Iterable[str], tokenizer, parents: 
     def make(folder: Path) -> None:
         write_tokens(folder, encode_documents(tokenizer, progress_bar(texts, 'tokenising', 'text')), vocabulary)
     return read_tokens(stage(run, name, dict(reading=reading_of(tokenizer)), make, parents))
+
+# %% ../nbs/18_tokens.ipynb #6eac8d42
+@lru_cache(1)
+def _papers_in(folder: Path) -> Records:
+    "The papers to train on: they are put in order once for each process."
+    return open_papers(folder)['train']
+
+
+def _tokenise(folder: Path, papers: Path, tokenizer, tasks: int, task: int) -> None:
+    "Write the tokens of one of so many equal parts of the papers to train on."
+    records = _papers_in(papers)
+    start, end = (len(records)*n//tasks for n in (task, task + 1))
+    found = (document(record) for at in range(start, end, 1000) for record in records[at:min(at + 1000, end)])
+    write_tokens(folder/f'part-{task:05}', encode_documents(tokenizer, found), 1 + max(tokenizer.get_vocab().values()))
+
+
+def _join_tokens(folder: Path, parts: list[Path]) -> None:
+    "Lay the tokens of several folders end to end."
+    starts, kinds = [np.zeros(1, np.int64)], []
+    with open(folder/'ids.bin', 'wb') as file:
+        for part in parts:
+            with open(part/'ids.bin', 'rb') as ids: copyfileobj(ids, file)
+            starts.append(np.load(part/'starts.npy')[1:] + starts[-1][-1])
+            kinds.append(np.dtype(read_json(part/'tokens.json')['type']))
+    _write_starts(folder, np.concatenate(starts), kinds[0])
+
+
+def spread_tokens(engine: str, run: Run, corpus: Corpus, tokenizer, workers: int | None = None) -> Tokens:
+    "The stage 'tokens' that both stages of training read, see `store_tokens`, made by an engine: the same files."
+    papers = corpus.folder/'science'
+    tasks = min(1000, -(-len(corpus.science['train'])//1000))
+    def make(folder: Path, scratch: Path) -> None:
+        spread(engine, scratch, Step('tokenise', tasks, partial(_tokenise, scratch, papers, tokenizer, tasks)), workers)
+        _join_tokens(folder, [scratch/f'part-{task:05}' for task in range(tasks)])
+    return read_tokens(stage(run, 'tokens', dict(reading=reading_of(tokenizer)), make, [corpus.folder], resumable=True))
 
 # %% ../nbs/18_tokens.ipynb #a92d09cc
 class _Gaps:

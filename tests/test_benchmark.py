@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forks import ended, forked
@@ -24,7 +26,7 @@ FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
 
 
 sys.path.insert(0, str(FOLDER))  # as when a script there is run
-reading, steps, gpu, parts = map(importlib.import_module, ('reading', 'steps', 'gpu', 'parts'))
+reading, steps, gpu, growth, parts = map(importlib.import_module, ('reading', 'steps', 'gpu', 'growth', 'parts'))
 needs_trl = pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed')
 
 
@@ -265,6 +267,32 @@ def test_the_notebook_reads_papers_pdfs_and_tokens(tmp_path, capsys):
     if find_spec('typst'): assert 'pages, ' in printed
 
 
+# --- growth
+
+def test_synthetic_records_repeat_each_other_as_they_say():
+    found = [*growth.records(3000)]
+    assert found == [*growth.records(3000)] and found[:500] == [*growth.records(500)], 'more of them begin with the fewer'
+    assert len({record['id'] for record in found}) == 3000
+    texts = [record['abstract'] for record in found]
+    assert 0.06 < 1 - len({*texts})/3000 < 0.10  # copies and what has no text of its own; a word changed is another text
+    assert sum(text is None for text in texts) > 10 and abs(np.mean([len(text.split()) for text in texts if text]) - 100) < 8
+
+
+def test_what_work_takes_is_seen():
+    def work() -> None:
+        block = np.ones(40*2**20, np.uint8)
+        start = time.process_time()
+        while time.process_time() < start + 0.3: block += 1
+    found = growth.measured(work)
+    assert 0.3 <= found['seconds'] < 1 and 35 < found['MiB'] < 80 and found['wall'] >= 0.3
+
+
+def test_a_step_of_a_larger_model_takes_more(tmp_path):
+    small, large = (growth.step(tmp_path, 32, 512, shape, steps=2) for shape in ((32, 1, 2), (384, 4, 4)))
+    assert large['weights'] > 10*small['weights'] and large['seconds'] > 0 < small['seconds']
+    assert large['MiB'] > 0.8*4*4*large['weights']/2**20, 'weights, gradients and two moments of four bytes, but for what lay about'
+
+
 @needs_trl
 @pytest.mark.slow
 def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
@@ -281,7 +309,7 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     known = {}                                                          # tuned or not is the same here, and measured once
     def ask(what: str, tuned: bool = False, script: str = 'steps', environment: dict | None = None, **settings) -> dict:
         if (key := json.dumps([script, what, settings])) not in known:
-            known[key] = getattr(dict(steps=steps, reading=reading)[script], what)(tmp_path/'models', **settings)
+            known[key] = getattr(dict(steps=steps, reading=reading, growth=growth)[script], what)(tmp_path/'models', **settings)
         return known[key]
     scope['ask'] = ask
     for source in [last, *sources[begin + 1:-1]]: exec(source, scope)
