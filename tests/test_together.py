@@ -105,9 +105,9 @@ def test_a_run_that_is_killed_stopped_and_shared_anew_is_the_run_of_one_process(
     for name in ('chats/answers.jsonl', 'evaluation/measured.json', 'models/base/model.safetensors'):
         assert (world/'alone'/name).read_bytes() == (run/name).read_bytes(), name
     assert len((run/'chats'/'answers.jsonl').read_text().splitlines()) > 20
-    keys = [{path.parent.relative_to(world/folder): json.loads(path.read_text()).get('key') for path in (world/folder).rglob('manifest.json')
-             if not path.parent.name.startswith('.')} for folder in ('alone', 'shared')]
-    assert keys[0] == keys[1], 'how many processes there were is in no key'
+    made = [{path.parent.relative_to(world/folder).as_posix(): json.loads(path.read_text()).get('key')
+             for path in (world/folder).rglob('manifest.json') if not path.parent.name.startswith('.')} for folder in ('alone', 'shared')]
+    assert made[0] == made[1], 'how many processes there were is in no key'
 
 
 # --- what is divided, and what fails ----------------------------------------------------------------------------------------------
