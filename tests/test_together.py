@@ -227,7 +227,8 @@ def test_the_exit_code_is_that_of_the_process_that_failed(codes, expected):
     assert launch([sys.executable, '-c', program], 2) == expected
 
 
-def test_when_one_process_fails_the_others_do_not_outlive_it(tmp_path):
+def test_when_one_process_fails_the_others_do_not_outlive_it(tmp_path, monkeypatch):
+    for name in ('_GRACE', '_LAST'): monkeypatch.setattr(f'scilm_adapt.processes.{name}', 1.0)
     program = ('import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n'
                f'open(r"{tmp_path}/" + os.environ["RANK"], "w").write(str(os.getpid()))\n'
                'sys.exit(2) if os.environ["RANK"] == "1" else time.sleep(600)')
