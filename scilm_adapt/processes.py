@@ -63,7 +63,7 @@ def _is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 # %% ../nbs/54_processes.ipynb #pro00141
-_GRACE, _LAST = 3.0, 10.0  # seconds that the others get when one failed: to end by themselves, and then to do as they are told
+_GRACE, _LAST = 10.0, 5.0  # seconds that the others get when one failed: to end by themselves, and then to do as they are told
 _SAVING = 60.0             # seconds to finish a step and write a checkpoint, when all are told to stop
 
 
@@ -187,9 +187,13 @@ def run_together(notebook: str | Path, parameters: dict[str, object], folder: st
     Returns the published notebook's path, None in the others. InputError, RunFailed and Stopped as in `run_notebook`; RunFailed, too, when
     another process ended.
     """
-    parameters = check_parameters(parameters, read_parameters(notebook), 'parameters')
-    check_launch(os.environ, _cards() if 'ACCELERATE_USE_FSDP' in os.environ else 0)
-    check_share(parameters, launched()[1], 'ACCELERATE_USE_FSDP' in os.environ)
+    parameters, shared_out = check_parameters(parameters, read_parameters(notebook), 'parameters'), 'ACCELERATE_USE_FSDP' in os.environ
+    try:
+        check_launch(os.environ, _cards() if shared_out else 0)
+        check_share(parameters, launched()[1], shared_out)
+    except InputError as error:
+        error.shared = True  # all find the same, and the first says it
+        raise
     with on_signals(stop):
         first = ranks()[0] == 0  # here they meet
         if first: run_script(notebook, parameters)
