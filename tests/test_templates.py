@@ -11,13 +11,14 @@ from world import completion, listening, scripted
 
 from scilm_adapt import instruct
 from scilm_adapt.alignment import answer_places
-from scilm_adapt.endpoint import Endpoint, ask, send
+from scilm_adapt.endpoint import Endpoint
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, halt_ids, parted, respond, stop_ids, stream, to_answer
 from scilm_adapt.instruct import _next_turns, _user_ids, _write_answers, _write_magpie, _write_reading, ask_teacher
 from scilm_adapt.models import LanguageModel, build, load, save
 from scilm_adapt.preflight import preflight
 from scilm_adapt.remote import _align_answer, _lexicon, _remote_targets
+from scilm_adapt.servers import ask, send
 from scilm_adapt.tokens import (
     _CHATML,
     _DAY,
