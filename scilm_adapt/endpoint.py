@@ -319,7 +319,7 @@ def answer_row(connection: object, endpoint: Endpoint, request: dict, over: thre
         reply = _patiently(endpoint, over or threading.Event())(route.create, model=endpoint.model, **request)
         choice, usage = reply.choices[0], reply.usage
         text, thoughts = _text_and_thoughts(choice.message) if conversation else (choice.text, None)
-    except openai.APITimeoutError: return dict(error=f'no answer within {endpoint.timeout:g} s', passing=True)
+    except openai.APITimeoutError: return dict(error=f'no answer within its time limit of {endpoint.timeout:g} s', passing=True)
     except openai.APIConnectionError as error:
         if not is_reachable(connection): raise _unreachable(endpoint, error)
         return dict(error=_error_line(error), passing=True)

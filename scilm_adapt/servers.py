@@ -254,7 +254,7 @@ def send(endpoint: Endpoint, requests: list[dict], file: str | Path | None = Non
 def _none_of(endpoint: Endpoint, error: str) -> InputError:
     "What to say when every request failed."
     return InputError(f"{_addresses(endpoint)} answers none of the requests for the model '{endpoint.model}': {error}; check the name "
-                      f'behind the # of the address, whether the requests fit the model, and whether the server keeps its time limit.')
+                      f'behind the # of the address, and whether the requests fit the model.')
 
 
 def _addresses(endpoint: Endpoint) -> str:

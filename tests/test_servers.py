@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(dict(error='busy'), 429, **{'Retry-After': '1'})
         if mood == 'broken' and not probe: return self.reply(dict(error='out of memory'), 500)
         if mood == 'torn' and not probe: return self.reply(b'{"choices": [{"mess')
-        time.sleep(60 if mood == 'stuck' and not probe else 0 if probe else seconds)
+        time.sleep(600 if mood == 'stuck' and not probe else 0 if probe else seconds)
         said = 'other' if mood == 'other' else text.upper()
         choice = dict(index=0, message=dict(role='assistant', content=said), finish_reason='stop')
         choices = [] if mood == 'empty' and not probe else [choice]
@@ -204,7 +204,7 @@ def test_all_are_lost_and_the_client_too_and_the_next_call_goes_on(start, tmp_pa
 # --- what a server does wrong ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('mood', 'said'), [
-    ('stuck', 'no answer within 0.3 s'), ('empty', 'none of the OpenAI protocol'), ('torn', 'none of the OpenAI protocol'),
+    ('stuck', 'time limit of 0.3 s'), ('empty', 'none of the OpenAI protocol'), ('torn', 'none of the OpenAI protocol'),
     ('broken', 'out of memory'), ('locked', None)])
 def test_a_server_that_goes_wrong_is_dismissed_and_the_others_answer(start, mood, said, capsys):
     good, bad = start(0.05), start(0.0, mood)
@@ -220,9 +220,9 @@ def test_a_server_that_goes_wrong_is_dismissed_and_the_others_answer(start, mood
 
 
 def test_alone_it_is_an_error_that_names_it_and_the_way_out(start, tmp_path):
-    for mood, said in (('stuck', 'no answer within 0.2 s'), ('torn', 'none of the OpenAI protocol'), ('html', 'none of the OpenAI')):
+    for mood, said in (('stuck', 'time limit of 0.2 s'), ('torn', 'none of the OpenAI protocol'), ('html', 'none of the OpenAI')):
         bad = start(0.0, mood)
-        with pytest.raises(InputError, match=f'{bad.url} .*{said}.*time limit'):
+        with pytest.raises(InputError, match=f'{bad.url} .*{said}'):
             send(together(bad, timeout=0.2, concurrency=4), questions(30), tmp_path/f'{mood}.jsonl')
         assert len(bad.noted('asked')) <= 12 and not finished(tmp_path/f'{mood}.jsonl')
 
@@ -329,7 +329,7 @@ def test_a_program_that_ends_does_not_wait_for_its_servers(start):
     client = subprocess.Popen([sys.executable, '-c', program, f'{stuck.url}#m'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: stuck.noted('asked'))
     client.send_signal(2)
-    assert client.wait(timeout=20) != 0
+    assert client.wait(timeout=120) != 0
 
 
 def test_answers_come_in_the_order_of_the_questions(start):
