@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'FUSIONS', 'WAYS', 'candidates', 'gains', 'likelihood_supervised', 'gain_ranked', 'text_states', 'Head',
-           'fit_head', 'Finding', 'check_finding', 'dealt_out', 'trained_head', 'Finder', 'gain_of_first',
+           'fit_head', 'Finding', 'check_finding', 'dealt_out', 'in_spreads', 'trained_head', 'Finder', 'gain_of_first',
            'chosen_on_validation', 'write_vectors', 'prepare', 'check_way', 'open_finder', 'library_for', 'Recipe',
            'finder_batch', 'finder_part', 'train']
 
@@ -31,7 +31,7 @@ from .pairs import POOLINGS, Together, gathered, vectors_of
 from .papers import Corpus, document
 from .recipe import Task, recipe_of, train_stage
 from .related import NEAR_DUPLICATE, Library, brief, library_of, prepare as prepare_library
-from .runs import Run, rng, stage
+from .runs import Run, key_of, rng, stage
 from .tokens import USEFUL, batch_rows, encode_many, pack, pad, store_tokens, tokenizer_hash
 from .training import document_nats, exact, utf8_sizes
 
@@ -70,7 +70,7 @@ def _masked(values: torch.Tensor, there: torch.Tensor, temperature: float) -> to
 
 
 def likelihood_supervised(similarity: torch.Tensor, gain: torch.Tensor, there: torch.Tensor, temperature: float = 0.1,
-                          gain_temperature: float = 0.01) -> torch.Tensor:
+                          gain_temperature: float = 1.0) -> torch.Tensor:
     """KL(softmax(similarity / temperature) || softmax(gain / gain_temperature)) over the candidates `there`, nats a row (arXiv:2301.12652).
 
     All are [N, M], the result is a scalar; a row with a single candidate costs nothing.
@@ -80,7 +80,7 @@ def likelihood_supervised(similarity: torch.Tensor, gain: torch.Tensor, there: t
 
 
 def gain_ranked(similarity: torch.Tensor, gain: torch.Tensor, there: torch.Tensor, temperature: float = 0.1,
-                gain_temperature: float = 0.01) -> torch.Tensor:
+                gain_temperature: float = 1.0) -> torch.Tensor:
     """InfoNCE of the candidate with the highest gain against those of the lower half, [N, M] all, in nats a row: a scalar.
 
     The temperature of gains is not used: only their order counts.
@@ -152,7 +152,7 @@ class Finding:
     reach: int = 2048               # tokens in view where gains are measured
     loss: str = 'likelihood'        # what is learnt from gains: likelihood or ranked
     temperature: float = 0.1        # of similarities
-    gain_temperature: float = 0.01  # of gains, in bits per byte
+    gain_temperature: float = 1.0   # of gains, in their usual spread
     size: int = 64                  # numbers in a vector of the head
     steps: int = 200                # of the head, which take milliseconds
     batch: int = 32                 # papers in such a step
@@ -180,6 +180,13 @@ def dealt_out(gain: np.ndarray, seed: int) -> np.ndarray:
     return mixed
 
 
+def in_spreads(gain: np.ndarray) -> np.ndarray:
+    "Gains [N, M] (nan: no candidate) divided by their usual spread: the standard deviation from the mean of their row."
+    there = ~np.isnan(gain)
+    off = np.nan_to_num(gain) - np.nansum(gain, 1, keepdims=True)/np.maximum(there.sum(1, keepdims=True), 1)
+    return gain/max(float(np.sqrt(np.mean(off[there]**2))) if there.any() else 0.0, 1e-12)
+
+
 def trained_head(asking: torch.Tensor, answering: torch.Tensor, gain: np.ndarray, settings: Finding,
                  seed: int = 0) -> tuple[Head, list[float]]:
     """A head for states of titles [N, W] and of their candidates [N, M, W] with these gains [N, M] (nan: no candidate), and its losses.
@@ -187,7 +194,7 @@ def trained_head(asking: torch.Tensor, answering: torch.Tensor, gain: np.ndarray
     The states are taken as numbers: no gradient goes to whatever made them.
     """
     asking, answering = asking.detach(), answering.detach()
-    gain = torch.from_numpy(np.asarray(dealt_out(gain, seed) if settings.shuffled else gain, np.float32))
+    gain = torch.from_numpy(in_spreads(dealt_out(gain, seed) if settings.shuffled else gain).astype(np.float32))
     there = ~gain.isnan()
     keep = (there.sum(1) > 1).nonzero()[:, 0]
     if not len(keep): raise InputError('No paper has two candidates, so there is nothing to choose; give more papers.')
@@ -360,10 +367,15 @@ def check_way(way: str) -> None:
 
 
 def open_finder(folder: str | Path, lm: LanguageModel, library: Library, way: str = 'fused') -> Finder:
-    "The finder that `prepare` kept in `folder`; InputError for another model or library than it was made for, or a way that is none."
+    """The finder that `prepare` kept in `folder`.
+
+    InputError for another model or library than it was made for, for what is no finder or a damaged one, and for a way that is none.
+    """
     check_way(way)
-    try: about, weights = read_json(Path(folder)/'finder.json'), load_file(Path(folder)/'head.safetensors')
-    except FileNotFoundError: raise InputError(f'{folder} is no finder; make one with finder.prepare, or find by tfidf.') from None
+    if not (Path(folder)/'finder.json').is_file():
+        raise InputError(f'{folder} is no finder; make one with finder.prepare, or find by tfidf.')
+    key_of(folder)  # InputError for what is damaged
+    about, weights = read_json(Path(folder)/'finder.json'), load_file(Path(folder)/'head.safetensors')
     if about['model'] != weights_hash(lm.model) or about['tokenizer'] != tokenizer_hash(lm.tokenizer):
         raise InputError(f"The finder in {folder} is another model's, whose states are not those of '{lm.name}'; make one for it, or find "
                          f"by tfidf.")
@@ -400,7 +412,7 @@ class Recipe(recipes.Recipe):
 
 def finder_batch(tokenizer, titles: Sequence[str], papers: Sequence[Sequence[str | None]], gain: np.ndarray,
                  length: int) -> dict[str, Together]:
-    """`finder`, for a batch of `fit`: titles [N], their candidates' texts [N, M] (None: none) and what these are worth, [N, M].
+    """`finder`, for a batch of `fit`: titles [N], their candidates' texts [N, M] (None: none) and what these are worth [N, M].
 
     Rows: `a_input_ids`, `a_attention_mask` of the titles and `b_…` of the candidates [N*M, T]; whole: `gain` and `there`, [N, M].
     """
@@ -434,7 +446,7 @@ def train(run: Run, student: LanguageModel, corpus: Corpus, **settings) -> Langu
     recipe.check(student)
     finding, library = recipe.finding, prepare_library(run, corpus)
     known, records = _gains_of(run, student, corpus, library, finding, recipe.seed), corpus.science['train']
-    gain = dealt_out(known['train_gain'], recipe.seed) if finding.shuffled else known['train_gain']
+    gain = in_spreads(dealt_out(known['train_gain'], recipe.seed) if finding.shuffled else known['train_gain'])
     reading = Reading(**{one.name: getattr(recipe, one.name) for one in fields(recipes.Recipe)})
     def asked_at(step: int) -> dict:
         rows = batch_rows(len(gain), min(recipe.asked, len(gain)), step, recipe.seed)

@@ -29,7 +29,7 @@ from .models import LanguageModel, hidden_states, logits_of, weights_hash
 from .papers import Corpus, document
 from .preference import Pair, Passage, passages, prompt_ids, sentence_parts, with_reference
 from .recipe import Task, recipe_of, train_stage
-from .runs import Run, rng, stage
+from .runs import Run, key_of, rng, stage
 from .tokens import USEFUL, batch_rows, document_ends, pack, pad, store_tokens, tokenizer_hash
 from .training import exact
 
@@ -147,15 +147,18 @@ def prepare(run: Run, lm: LanguageModel, corpus: Corpus, settings: Judging = Jud
         head, losses = judge_head(states(passage.prompt for passage in found), states(passage.continuation for passage in found),
                                   states(text or ' ' for row in wrong for text in row).unflatten(0, there.shape), there, settings, seed)
         save_file(head.state_dict(), folder/'head.safetensors')
-        write_json(folder/'judge.json', dict(model=weights_hash(lm.model), length=settings.length, passages=len(found), losses=losses))
+        write_json(folder/'judge.json', dict(model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer), length=settings.length,
+                                                     passages=len(found), losses=losses))
     config = asdict(settings) | dict(seed=seed, model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer))
     return open_judge(stage(run, 'judge', config, make, [corpus.folder]), lm)
 
 
 def open_judge(folder: str | Path, lm: LanguageModel) -> Judge:
-    "The judge that `prepare` kept in `folder`; InputError for another model than it was made for."
+    "The judge that `prepare` kept in `folder`; InputError for another model than it was made for, and for what is none or is damaged."
+    if not (Path(folder)/'judge.json').is_file(): raise InputError(f'{folder} is no judge; make one with judge.prepare.')
+    key_of(folder)  # InputError for what is damaged
     about, weights = read_json(Path(folder)/'judge.json'), load_file(Path(folder)/'head.safetensors')
-    if about['model'] != weights_hash(lm.model):
+    if about['model'] != weights_hash(lm.model) or about['tokenizer'] != tokenizer_hash(lm.tokenizer):
         raise InputError(f"The judge in {folder} reads the states of another model than '{lm.name}'; make one for it (judge.prepare).")
     head = Head(weights['asking'].shape[1], weights['asking'].shape[0])
     head.load_state_dict(weights)

@@ -1,6 +1,7 @@
 """A finder whose label is the model's own gain: losses against loops, a head that harms nothing, searches that leave out what they must."""
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -171,6 +172,16 @@ def test_gains_are_dealt_out_within_a_row_only():
     assert any(not np.array_equal(one, gain, equal_nan=True) for one in mixed) and gain[0, 0] == 1
 
 
+@pytest.mark.parametrize('factor', [1e-4, 1.0, 7.0])
+def test_gains_of_any_size_have_the_same_spread_and_order(factor):
+    gain = factor*np.array([[0.0, 2, np.nan], [1, 1, 4], [np.nan, np.nan, np.nan]])
+    found = module.in_spreads(gain)
+    assert np.allclose(found, module.in_spreads(gain/factor), equal_nan=True) and np.array_equal(np.isnan(found), np.isnan(gain))
+    off = [values - values.mean() for row in found if len(values := row[~np.isnan(row)])]
+    assert np.sqrt(np.mean(np.concatenate(off)**2)) == pytest.approx(1)
+    assert np.isfinite(module.in_spreads(np.zeros((2, 2)))).all()
+
+
 # --- the head
 
 def test_training_a_head_leaves_the_model_the_same_to_the_bit(world, student):
@@ -292,7 +303,7 @@ def test_vectors_are_those_of_the_head_in_blocks_of_any_size(world, found, stude
     assert np.allclose(np.load(tmp_path/'v.npy'), found.vectors, atol=2e-3) and len(found.vectors) == 40
 
 
-def test_another_models_finder_and_wrong_names_are_refused(world, found, student):
+def test_another_models_finder_and_wrong_names_are_refused(world, found, student, tmp_path):
     run, _, library = world
     other = copy.deepcopy(student)
     other.model.lm_head.weight.data += 1
@@ -300,7 +311,11 @@ def test_another_models_finder_and_wrong_names_are_refused(world, found, student
         open_finder(run.folder/'finder', other, library)
     with pytest.raises(InputError, match="The way 'fusd' to find papers is none.*fused"):
         open_finder(run.folder/'finder', student, library, 'fusd')
-    with pytest.raises(InputError, match='is no finder; make one'): open_finder(run.folder/'corpus', student, library)
+    for nowhere in ('corpus', 'corpus/science.jsonl'):  # a folder that holds another thing, and a file
+        with pytest.raises(InputError, match='is no finder; make one'): open_finder(run.folder/nowhere, student, library)
+    shutil.copytree(run.folder/'finder', tmp_path/'spoilt')
+    (tmp_path/'spoilt'/'finder.json').write_text('{')
+    with pytest.raises(InputError, match='make it anew'): open_finder(tmp_path/'spoilt', student, library)
 
 
 def test_a_chat_finds_the_papers_of_a_run_in_any_way_that_was_made_for_it(tmp_path, student):
@@ -336,7 +351,7 @@ def test_the_part_of_a_batch_is_the_loss_of_its_cosines_in_one_piece_whatever_th
         states = text_states(student, [text], 24)[0, 32:]
         return states/states.norm()
     similarity = torch.tensor([[float(unit(PAPERS[row]['title']) @ unit(text or ' ')) for text in some] for row, some in enumerate(texts)])
-    wanted = LOSSES['likelihood'](similarity, torch.tensor(gain).nan_to_num(), ~torch.tensor(gain).isnan(), 0.1, 0.01)
+    wanted = LOSSES['likelihood'](similarity, torch.tensor(gain).nan_to_num(), ~torch.tensor(gain).isnan(), 0.1, 1.0)
     assert whole.item() == pytest.approx(wanted.item(), rel=1e-4)
     whole.backward()
     assert any(weight.grad is not None and weight.grad.any() for weight in student.model.parameters())

@@ -142,6 +142,7 @@ def test_a_judge_harms_nothing_and_is_kept_and_found_again(world, student, judge
     other = copy.deepcopy(student)
     other.model.lm_head.weight.data += 1
     with pytest.raises(InputError, match='reads the states of another model'): open_judge(world[0].folder/'judge', other)
+    with pytest.raises(InputError, match='is no judge; make one'): open_judge(world[0].folder/'corpus', student)
     assert read_json(world[0].folder/'judge'/'judge.json')['passages'] == 16
 
 
