@@ -240,7 +240,9 @@ class Finder:
 
     def __len__(self) -> int: return len(self.library)
 
-    def fingerprint(self) -> dict: return dict(way=self.way, fusion=self.fusion, head=weights_hash(self.head))
+    def fingerprint(self) -> dict:
+        "What stands for its way of finding in the key of a stage."
+        return dict(way=self.way, fusion=self.fusion, head=weights_hash(self.head))
 
     @torch.inference_mode()
     def similarity(self, questions: Sequence[str]) -> np.ndarray:

@@ -198,7 +198,13 @@ CHOICES: dict[str, Callable[..., np.ndarray]] = dict(judge=_judged, likelihood=_
 def drafts_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, n: int, judge: Judge, choices: Sequence[str],
               eos_token_id: int | list[int] | None = None, top_p: float = 0.95,
               **settings: object) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
-    "`n` drafts of each of B prompts, ids [B, n, L + new], see `decoding.sample`, and their scores [B, n] by each of `choices`."
+    """`n` drafts of each of B prompts, ids [B, n, L + new], see `decoding.sample`, and their scores [B, n] by each of `choices`.
+
+    InputError for a judge whose tokens are not the writer's.
+    """
+    sizes = [one.config.get_text_config().vocab_size for one in (model, judge.lm.model)]
+    if len({*sizes}) > 1:
+        raise InputError(f'The writer has {sizes[0]:,} tokens and the judge {sizes[1]:,}; take a judge that was made for this model.')
     ids = sample(model, input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0), eos_token_id=eos_token_id, top_p=top_p,
                  **settings)
     width, ends = input_ids.shape[1], [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []

@@ -156,7 +156,9 @@ class Library:
 
     def __len__(self) -> int: return self.papers.shape[0]
 
-    def fingerprint(self) -> dict: return dict(way='tfidf')
+    def fingerprint(self) -> dict:
+        "What stands for its way of finding in the key of a stage."
+        return dict(way='tfidf')
 
     def vectors(self, texts: Iterable[str]) -> sparse.csr_matrix:
         "The vectors [texts, words] of these texts, by the rarity of words in this library."

@@ -218,6 +218,12 @@ def test_drafts_that_cannot_be_are_refused(student, judge, begun, given, message
     with pytest.raises(InputError, match=message): best_of(student.model, *batch_of(student, begun).values(), judge=judge, **given)
 
 
+def test_a_judge_with_other_tokens_is_refused(student, judge, begun):
+    other = reader(PAPERS[:3], context=128, size=300)
+    with pytest.raises(InputError, match='take a judge that was made for this model'):
+        best_of(other.model, *batch_of(student, begun).values(), judge=judge)
+
+
 # --- taught back
 
 def test_pairs_are_best_and_worst_of_own_drafts_of_equal_length(student, judge, begun):
