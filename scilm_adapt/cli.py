@@ -188,11 +188,11 @@ def _prompt_ids(lm: object, messages: list[dict], room: int, window: int) -> lis
         del messages[:2]                                             # a question and its answer
 
 
-def _open_papers(source: str) -> object:
+def _open_papers(source: str, lm: object, way: str) -> object:
     "The library of a chat's papers; what is said meanwhile goes to the error stream, which is not read as an answer."
-    from scilm_adapt.related import library_of
+    from scilm_adapt.finder import library_for
     with redirect_stdout(sys.stderr):
-        library = library_of(source)
+        library = library_for(source, lm, way)
         print(f'{len(library):,} papers of {source} are looked through for each question.')
     return library
 
@@ -244,9 +244,12 @@ def _chat(arguments: list[str]) -> int:
                         '(default: 1.1, since small models run in circles without)')
     parser.add_argument('--papers', metavar='CORPUS', help='the folder of a run, or papers of any usual form, some of which are put before '
                         'each question; the answer names those it leaned on')
+    parser.add_argument('--find', metavar='WAY', default='tfidf', help='how they are found: tfidf, by words; finder, by what helped this '
+                        'model to write, or fused, by both (of a run for which finder.prepare made one) (default: %(default)s)')
     parser.add_argument('--related', metavar='N', type=int, default=4, help='how many of these at most (default: %(default)s)')
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1: raise InputError('--max-new-tokens must be at least 1.')
+    if options.find != 'tfidf' and not options.papers: raise InputError('--find says how papers are found; give some with --papers.')
     if options.related < 1: raise InputError('--related must be at least 1; without --papers an answer leans on none.')
     if not 0 <= options.temperature < math.inf: raise InputError('--temperature must be 0 or a positive number.')
     folder = _find_model(options.folder)
@@ -259,7 +262,7 @@ def _chat(arguments: list[str]) -> int:
     disable_progress_bar()                                           # of loading: it is over before it can be read
     lm = load(str(folder))
     end_of_turn(lm.tokenizer)                                        # InputError now, rather than at the first turn
-    library, messages = _open_papers(options.papers) if options.papers else None, []
+    library, messages = _open_papers(options.papers, lm, options.find) if options.papers else None, []
     print(f'{folder}: /reset starts anew, /quit leaves.', file=sys.stderr)
     for text in _turns():
         if text == '/quit': break

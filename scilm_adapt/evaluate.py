@@ -23,7 +23,7 @@ import torch
 from .decoding import repetition
 from .errors import InputError, progress_bar, say
 from .files import content_hash, hashed, read_json, write_json
-from .generate import REPETITION_PENALTY, answer_bits, chat_prompt, continuations, preceding, respond
+from .generate import REPETITION_PENALTY, after_title, answer_bits, chat_prompt, continuations, respond
 from .instruct import Chats
 from .intervals import Metric, Subject
 from .models import (LanguageModel, hidden_states, load, logits_of, parameter_count, shared_vocabulary, teacher_dtype,
@@ -73,14 +73,10 @@ def _bits_of_answers(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 def _bits_after_title(related: bool, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     "The same of the texts of papers after their titles, with `related` papers before these or without."
-    start, documents, masks, parts = document_ends(subject.lm.tokenizer)[0], [], [], subject.items['related']
-    for item in parts:
-        title, text = (encode(subject.lm.tokenizer, part) for part in (f"{item['title']}\n\n", item['text']))
-        room = subject.reach - 1 - len(title) - len(text)
-        before = [start, *(preceding(subject.lm.tokenizer, item['papers'], room) if related else ()), *title]
-        documents.append(before + text)
-        masks.append([0]*len(before) + [1]*len(text))
-    nats = document_nats(subject.lm, documents, masks, context=subject.reach,
+    parts = subject.items['related']
+    documents, masks = zip(*(after_title(subject.lm.tokenizer, item['title'], item['text'], item['papers'] if related else (),
+                                         subject.reach) for item in parts))
+    nats = document_nats(subject.lm, list(documents), list(masks), context=subject.reach,
                          description=f'{subject.name}: {"related papers, then " if related else ""}title and text')
     return nats, utf8_sizes(item['text'] for item in parts)*math.log(2)
 
@@ -453,16 +449,18 @@ def seeds_table(found: dict[str, dict[str, dict]], metrics: dict[str, Metric]) -
 # %% ../nbs/50_evaluate.ipynb #8e6f1210
 def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: Chats, *, documents: int = 300, answers: int = 200,
             max_new_tokens: int = 96, context: int = 512, seed: int = 0, metrics: dict[str, Metric] | None = None,
-            compared: list[Compared] | None = None, related: int = 0) -> dict:
+            compared: list[Compared] | None = None, related: int = 0, library: Library | None = None) -> dict:
     """Measure `models` on at most `documents` test texts of each domain and `answers` test questions, as the stage 'evaluation'.
 
     The result is that of `summarise`, with each model's first ten 'generations', and the first three to general questions, 'conversed'.
     The raw numbers are kept in measured.json. Roles, colours and the order of the models are those `compared` (None: by their names, see
-    `lineup`); `metrics` None are `metrics_for` the chats. With `related` papers before its title science is read again: `related_items`.
+    `lineup`); `metrics` None are `metrics_for` the chats. With `related` papers before its title science is read again: `related_items`;
+    the `library` finds them (None: that of the run, by words; a `finder.Finder` finds in its own way).
     """
     if related < 0: raise InputError(f'related is {related}; give the number of related papers before a title, 0 for none.')
     compared, metrics = compared or lineup(models), metrics or metrics_for(chats, related)
-    library = prepare(run, corpus) if related else None
+    found_by = library.fingerprint() if related and library else None
+    if related and not library: library = prepare(run, corpus)
     say(f"evaluation: {', '.join(models)} on {', '.join(metric.title for metric in metrics.values())}")
     def build(folder: Path, scratch: Path) -> None:
         items = test_items(models, corpus, chats, documents, answers, max_new_tokens, library, related)
@@ -473,5 +471,7 @@ def compare(run: Run, models: dict[str, LanguageModel], corpus: Corpus, chats: C
         write_json(folder/'evaluation.json', summarise(measured, seed, metrics, compared) | said)
     prints = {name: content_hash([weights_hash(lm.model), lm.tokenizer.chat_template]) for name, lm in models.items()}
     config = dict(models=prints, documents=documents, answers=answers, max_new_tokens=max_new_tokens, context=context, seed=seed,
-                  metrics=list(metrics), compared=[asdict(one) for one in compared]) | (dict(related=related) if related else {})
-    return read_json(stage(run, 'evaluation', config, build, [corpus.folder, chats.folder], True, True)/'evaluation.json')
+                  metrics=list(metrics), compared=[asdict(one) for one in compared])
+    config |= {name: value for name, value in dict(related=related, found_by=found_by).items() if value}
+    folder = stage(run, 'evaluation', config, build, [corpus.folder, chats.folder], resumable=True, together=True)
+    return read_json(folder/'evaluation.json')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPETITION_PENALTY', 'chat_prompt', 'answer_bits', 'parted', 'stop_ids', 'halt_ids', 'Answer', 'up_to_halt',
            'to_answer', 'check_prompts', 'continued', 'respond', 'continuations', 'next_tokens', 'stream', 'preceding',
-           'prompt_with', 'respond_with']
+           'after_title', 'prompt_with', 'respond_with']
 
 # %% ../nbs/26_generate.ipynb #2c71d7d6
 import math
@@ -221,19 +221,19 @@ def _answers_of(lm: LanguageModel, batches: Iterator[dict[int, list[int]]], coun
 
 def respond(lm: LanguageModel, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
             seed: int = 0, batch_size: int = 16, description: str | None = None, thinking: bool = False,
-            repetition_penalty: float = 1.0) -> list[Answer]:
+            repetition_penalty: float = 1.0, decode: Callable[..., torch.Tensor] = sample) -> list[Answer]:
     """An answer for each prompt (token ids, see `chat_prompt`), in their order.
 
     Temperature 0 is greedy; above, tokens are drawn with nucleus sampling, reproducibly from `seed`. What an answer says already is
     less likely with a `repetition_penalty` above 1. InputError when a prompt and `max_new_tokens` do not fit into the model's context.
-    `description` is shown before the progress bar. With `thinking` nothing but its proper end ends an answer: thoughts may need the
-    other control tokens.
+    `description` is shown before the progress bar; `decode` writes, and takes what `decoding.sample` does. With `thinking` nothing but
+    its proper end ends an answer: thoughts may need the other control tokens.
     """
     check_prompts(lm, prompts, max_new_tokens, temperature, top_p, repetition_penalty)
     stops, begun = stop_ids(lm), [_leaves_open(lm, prompt) for prompt in prompts]
     halts = stops if thinking else halt_ids(lm)
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
-    batches = continued(lm, prompts, halts, lambda number: rng('respond', seed, number), batch_size, **settings)
+    batches = continued(lm, prompts, halts, lambda number: rng('respond', seed, number), batch_size, decode, **settings)
     return _answers_of(lm, batches, len(prompts), halts, stops, description or 'answering', begun)
 
 # %% ../nbs/26_generate.ipynb #2fb556c0
@@ -296,6 +296,17 @@ def preceding(tokenizer, papers: Sequence[dict], room: int) -> list[int]:
         if left < min(_WORTH, len(ids)): break
         found = [*ids[:left], *between, *found]
     return found
+
+
+def after_title(tokenizer, title: str, text: str, papers: Sequence[dict], reach: int) -> tuple[list[int], list[int]]:
+    """Token ids of a paper's text behind its title, and behind related `papers` before that, and a mask that marks the text's own.
+
+    The papers, nearest first, are cut to what `reach` tokens leave them.
+    """
+    titled, counted = (encode(tokenizer, part) for part in (f'{title}\n\n', text))
+    room = reach - 1 - len(titled) - len(counted)
+    before = [document_ends(tokenizer)[0], *preceding(tokenizer, papers, room), *titled]
+    return before + counted, [0]*len(before) + [1]*len(counted)
 
 
 def prompt_with(lm: LanguageModel, messages: list[dict], papers: Sequence[dict], room: int) -> tuple[list[int], list[dict]]:

@@ -156,11 +156,15 @@ class Library:
 
     def __len__(self) -> int: return self.papers.shape[0]
 
+    def fingerprint(self) -> dict:
+        "What stands for its way of finding in the key of a stage."
+        return dict(way='tfidf')
+
     def vectors(self, texts: Iterable[str]) -> sparse.csr_matrix:
         "The vectors [texts, words] of these texts, by the rarity of words in this library."
         return weighted(counted(texts), self.idf)
 
-    def _alike(self, found: np.ndarray, vectors: sparse.csr_matrix) -> np.ndarray:
+    def alike(self, found: np.ndarray, vectors: sparse.csr_matrix) -> np.ndarray:
         "The cosines of each vector with the papers found for it, [vectors, number] as `found`."
         return np.asarray(self.papers[found.ravel()].multiply(vectors[np.repeat(np.arange(len(found)), found.shape[1])]).sum(1)
                           ).reshape(found.shape)
@@ -175,7 +179,7 @@ class Library:
         for at in range(0, asked.shape[0], size := max(1, _AT_ONCE//len(self))):
             found, cosines = _highest(asked[at:at + size] @ self.words, number + _SPARE)
             unwanted = (found < 0) | (cosines < FAR)
-            if whole is not None: unwanted |= self._alike(found, whole[at:at + size]) > NEAR_DUPLICATE
+            if whole is not None: unwanted |= self.alike(found, whole[at:at + size]) > NEAR_DUPLICATE
             if own is not None: unwanted |= found == own[at:at + size, None]
             found[unwanted], cosines[unwanted] = -1, 0
             kept = np.argsort(unwanted, 1, kind='stable')[:, :number]

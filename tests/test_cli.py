@@ -470,12 +470,15 @@ def test_a_chat_says_when_no_paper_finds_room(model_folder, some_papers, monkeyp
 @pytest.mark.parametrize('arguments', [['nowhere'], ['.'], ['MODEL', '--max-new-tokens', '0'], ['MODEL', '--temperature', '-1'],
                                        ['MODEL', '--temperature', 'nan'], ['MODEL', '--papers', 'nowhere.jsonl'],
                                        ['MODEL', '--papers', os.devnull], ['MODEL', '--related', '0'], ['MODEL', '--papers', 'EMPTY'],
-                                       ['MODEL', '--repetition-penalty', '0.9']])
-def test_chat_refuses_in_one_sentence(model_folder, tmp_path, capsys, arguments):
+                                       ['MODEL', '--repetition-penalty', '0.9'], ['MODEL', '--find', 'fused'],
+                                       ['MODEL', '--papers', 'PAPERS', '--find', 'fusd'],
+                                       ['MODEL', '--papers', 'PAPERS', '--find', 'fused']])
+def test_chat_refuses_in_one_sentence(model_folder, tmp_path, capsys, some_papers, arguments):
     (tmp_path/'empty').mkdir()
-    assert cli.main(['chat', *[dict(MODEL=str(model_folder), EMPTY=str(tmp_path/'empty')).get(a, a) for a in arguments]]) == 2
+    named = dict(MODEL=str(model_folder), EMPTY=str(tmp_path/'empty'), PAPERS=str(some_papers))
+    assert cli.main(['chat', *[named.get(a, a) for a in arguments]]) == 2
     error = capsys.readouterr().err
-    assert error.startswith('scilm: ') and error.count('\n') == 1
+    assert error.startswith('scilm: ') and error.count('\n') == 1 and 'Traceback' not in error
 
 
 def test_chat_with_a_folder_that_only_looks_like_a_model(tmp_path, model_folder, capsys):

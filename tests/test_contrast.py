@@ -8,12 +8,25 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import descent, of_family, reader
 
 from scilm_adapt import contrast, recipe
 from scilm_adapt.checkpoints import Checkpoints
-from scilm_adapt.contrast import Recipe, _records_at, _weighted_sum, anchor_loss, batch_maker, chained, contrast_loss, mixed_rows, train
+from scilm_adapt.contrast import (
+    Recipe,
+    _records_at,
+    _weighted_sum,
+    anchor_loss,
+    batch_maker,
+    chained,
+    chosen,
+    contrast_loss,
+    mixed_rows,
+    train,
+)
 from scilm_adapt.divergence import dense_loss
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
@@ -171,6 +184,33 @@ def test_replay_reads_general_text_and_keeps_its_tokens_apart(tmp_path, mixed, s
     plain, replayed = (train(Run(tmp_path/str(share)), student, mixed, **settings, replay_share=share) for share in (0.0, 0.5))
     assert document_nats(replayed, ids).sum() < 0.8*document_nats(plain, ids).sum()
     assert (tmp_path/'0.5'/'general-tokens').is_dir() and not (tmp_path/'0.0'/'general-tokens').exists()
+
+
+@given(some.lists(some.tuples(some.integers(-3, 3), some.integers(1, 9)), min_size=1, max_size=9), some.integers(1, 60))
+def test_chosen_are_the_highest_differences_whose_sizes_reach_the_room(texts, room):
+    difference, sizes = map(np.array, zip(*texts))
+    kept, total = [], 0
+    for number in sorted(range(len(texts)), key=lambda n: (-difference[n], n)):
+        if total >= room: break
+        kept, total = [*kept, number], total + sizes[number]
+    assert chosen(difference, sizes, room).tolist() == sorted(kept)
+
+
+@pytest.mark.parametrize('dial, kind, name', [('replay_choice', 'forgotten', 'general-tokens'), ('paper_choice', 'learnt', 'tokens')])
+def test_texts_are_chosen_by_the_difference_of_student_and_scout(tmp_path, mixed, student, monkeypatch, dial, kind, name):
+    monkeypatch.setattr(contrast, '_TRIED', 99)  # all of these few
+    settings = SETTINGS | dict(steps=2, batch_size=2, context=24, pairs_weight=0.0, learning_rate=5e-3, replay_share=0.4)
+    weights = weights_hash(student.model)
+    picked = train(Run(tmp_path/'run'), student, mixed, **settings, **{dial: kind})
+    scout, at_random = (train(Run(tmp_path/str(share)), student, mixed, **settings | dict(replay_share=share)) for share in (0.0, 0.4))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/'run'/'models'/'scout')
+    assert weights_hash(again) == weights_hash(scout.model), 'the scout is a stage 1 that reads alone'
+    assert weights_hash(picked.model) != weights_hash(at_random.model) and weights_hash(student.model) == weights
+    numbers, records = np.load(tmp_path/'run'/f'chosen-{name}'/'numbers.npy'), GENERAL if kind == 'forgotten' else PAPERS
+    ids = [encode_document(student.tokenizer, document(record)) for record in records]
+    before, after = (document_nats(lm, ids, context=24)/[len(one) - 1 for one in ids] for lm in (student, scout))
+    gone = (after - before)*(1 if kind == 'forgotten' else -1)
+    assert 0 < len(numbers) < len(records) and np.array_equal(np.sort(np.argsort(-gone)[:len(numbers)]), numbers)
 
 
 def test_replay_names_the_general_texts_of_a_bad_step(tmp_path, mixed, student, monkeypatch):
@@ -493,6 +533,9 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(replay_share=-0.1), r'replay_share is -0.1.*from 0'),
     (dict(replay_share=math.nan), r'replay_share is nan'),
     (dict(replay_share=0.1), r'replay_share is 0.1 and there is no general text.*set replay_share to 0'),
+    (dict(replay_share=0.1, replay_choice='forgoten'), r"replay_choice is 'forgoten'.*'forgotten'"),
+    (dict(replay_choice='forgotten'), r'nothing is replayed; set replay_share above 0'),
+    (dict(paper_choice='learnt', chain=3), r'chain is 3, which goes through all papers'),
     (dict(anchor_weight=-1.0), r'anchor_weight is -1.0'),
     (dict(anchor_weight=math.inf), r'anchor_weight is inf'),
     (dict(anchor_decay=0.0), r'anchor_decay is 0.0.*above 0 and up to 1'),

@@ -525,8 +525,8 @@ def test_related_papers_stand_before_the_title_as_far_as_they_fit(titled, reach)
 
 def test_no_evaluated_paper_leans_on_one_that_is_held_out_or_repeats_it(titled, monkeypatch):
     run, corpus, chats = titled
-    shown, preceding = [], evaluate.preceding
-    monkeypatch.setattr(evaluate, 'preceding', lambda tokenizer, papers, room: shown.extend(papers) or preceding(tokenizer, papers, room))
+    shown, after_title = [], evaluate.after_title
+    monkeypatch.setattr(evaluate, 'after_title', lambda *given: shown.extend(given[3]) or after_title(*given))
     models = dict(base=tiny(TEXTS, context=256), contrast=tiny(TEXTS, context=200))
     result = compare(run, models, corpus, chats, max_new_tokens=4, related=4)
     held_out = {fingerprint(brief(one)) for part in ('valid', 'test') for one in corpus.science[part]}

@@ -31,7 +31,6 @@ from scilm_adapt.pairs import (
     _circles,
     _neighbours,
     _pool,
-    _vectors_of,
     _view_ids,
     embed,
     info_nce,
@@ -39,6 +38,7 @@ from scilm_adapt.pairs import (
     pair_loss,
     pair_maker,
     retrieval,
+    vectors_of,
     views,
 )
 from scilm_adapt.papers import document
@@ -224,7 +224,7 @@ def test_near_copies_are_no_negatives_and_others_are(student):
     assert pairs.whole['excluded'].int().tolist() == [[0, 0], [1, 0], [0, 0], [0, 0]]
     lm = exact(reader(papers))
     batch = pair_batch(lm.tokenizer, papers, 32, hard=[long_paper(1, 1), long_paper(3)])
-    a, b, hard = (_vectors_of(lm.model, batch['pairs'], side, 'mean', None) for side in ('a', 'b', 'hard'))
+    a, b, hard = (vectors_of(lm.model, batch['pairs'], side, 'mean', None) for side in ('a', 'b', 'hard'))
     expected = naive(a, b, 0.05, pairs.whole['same'], hard, pairs.whole['excluded'])
     assert torch.isclose(pair_loss(lm.model, batch), expected, rtol=1e-10)
 
@@ -352,7 +352,7 @@ def test_a_cached_gradient_is_the_gradient_with_dropout_replayed(family, pooling
     batch, model = pair_batch(lm.tokenizer, PAPERS[:7], 32, hard=PAPERS[7:10]), lm.model
     def keeping_everything():
         pairs = batch['pairs']
-        def vectors(side): return torch.cat([_vectors_of(model, pairs[at:at + 3], side, pooling, None)
+        def vectors(side): return torch.cat([vectors_of(model, pairs[at:at + 3], side, pooling, None)
                                              for at in range(0, len(pairs.rows[f'{side}_input_ids']), 3)])
         a, b, hard = map(vectors, ('a', 'b', 'hard'))
         return info_nce(a, b, 0.05, pairs.whole['same'], hard, pairs.whole['excluded'])

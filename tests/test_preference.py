@@ -26,9 +26,9 @@ from scilm_adapt.preference import (
     _margins,
     _pair_nats,
     _passage_of,
-    _passages,
     _shape,
     _token_nats,
+    passages,
     preference_accuracy,
     preference_batch,
     preference_loss,
@@ -138,7 +138,7 @@ def test_a_number_without_one_of_its_form_becomes_any_other():
 # --- pairs
 
 def test_pairs_have_one_prompt_and_equal_lengths(student, pairs):
-    found = {passage.paper: passage for passage in _passages(student.tokenizer, PAPERS, 120, 99)}
+    found = {passage.paper: passage for passage in passages(student.tokenizer, PAPERS, 120, 99)}
     assert {pair.corruption for pair in pairs} == {*CORRUPTIONS, _OWN} and len(pairs) == len(PAPERS)
     for pair in pairs:
         passage = found[pair.paper]
