@@ -34,8 +34,8 @@ def itself() -> list[str]:
         f"The plainest form of the claim is [a model that is its own teacher](nbs/itself.ipynb): SmolLM2-135M-Instruct reads the papers "
         f"(seed {metrics['config']['seed']}, {metrics['config']['steps']} steps) and is then taught by itself as it was before.",
         report.promises(metrics).to_markdown(index=False),
-        'Part of that science is the repair of a file that is rounded to four bits, and papers that are written like the general text. Against '
-        f"a control that read as much general text instead, the result is at {signed_interval(science)} bits per byte of science: "
+        'Part of that science is the repair of a file that is rounded to four bits, and papers that are written like the general text. '
+        f"Against a control that read as much general text instead, the result is at {signed_interval(science)} bits per byte of science: "
         f"{VERDICTS[science['verdict']]}."]
 
 
