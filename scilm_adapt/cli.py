@@ -158,7 +158,7 @@ def _run(arguments: list[str]) -> int:
     texts = {name: parameter.default for name, parameter in known.items()} | parameters
     from scilm_adapt.sources import places_of
     check_apart(folder, places_of(text for name, text in texts.items() if name != 'out_dir' and isinstance(text, str) and text))
-    check_share(dict(batch_size=known['batch_size'].default) | parameters, options.processes)
+    check_share({name: text for name, text in texts.items() if name == 'batch_size'} | parameters, options.processes)
     if options.processes > 1 and launched()[1] == 1:
         return launch([sys.executable, '-m', 'scilm_adapt', 'run', *arguments], options.processes)
     if launched()[0] == 0: print(f'scilm: {notebook.name} -> {folder}', flush=True)
