@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_LOGPROBS', 'Budget', 'Endpoint', 'parse_endpoint', 'each_server', 'limited', 'connect', 'is_reachable',
-           'listed_models', 'named', 'Unreachable', 'chat_request', 'text_request', 'defuse', 'finished', 'appending',
-           'Usage', 'usage_of', 'answer_row', 'row_to_answer', 'Word', 'heard']
+           'listed_models', 'named', 'chat_request', 'text_request', 'defuse', 'finished', 'appending', 'Usage',
+           'usage_of', 'answer_row', 'row_to_answer', 'Word', 'heard']
 
 # %% ../nbs/36_endpoint.ipynb #373f38bd
 import json
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .errors import InputError, nearest
+from .errors import InputError, Unreachable, nearest
 from .files import hashed
 from .generate import Answer, parted
 from .tokens import parse_options
@@ -158,10 +158,6 @@ def named(endpoint: Endpoint) -> Endpoint:
     if len(names) != 1:
         raise InputError(f"{endpoint.url} lists {len(names)} models ({', '.join(names[:5])}); name the one to ask: {endpoint.url}#name.")
     return replace(endpoint, model=names[0])
-
-
-class Unreachable(InputError):
-    "No server answers at an address."
 
 
 def _unreachable(endpoint: Endpoint, error: Exception) -> Unreachable:

@@ -21,7 +21,7 @@ from pathlib import Path
 from .cleaning import language
 from .duplicates import EvaluationSet, Seen, fingerprint, read_evaluation_texts, signature, texts_in
 from .endpoint import Endpoint, Usage, appending, defuse, finished, row_to_answer, text_request, usage_of
-from .errors import InputError, say
+from .errors import InputError, NothingSaid, say
 from .files import (Damaged, check_apart, check_free, content_hash, drop, in_place, lasting, read_json, staged_folder, verified,
                                write_json, write_text)
 from .generate import Answer, chat_prompt, respond
@@ -862,7 +862,7 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
         judge = partial(_refusal_of, filters={name: one for name, one in answer_filters.items() if name != 'refusal'})
         report = _write_set(folder, items, QualityFilter(_evaluation_set([evaluation] if evaluation else []), judge))
         if not report['kinds']['train']:
-            raise _Silent(f"The teacher said nothing of use as its own user ({_refusals_of(report) or 'no question ended'}); set "
+            raise NothingSaid(f"The teacher said nothing of use as its own user ({_refusals_of(report) or 'no question ended'}); set "
                           f"general_share to 0, or choose a teacher that has learnt to follow its chat template.")
         shutil.copy(file, folder/'answers.jsonl')
     say('instruct: conversations about anything, by the teacher alone')
@@ -887,14 +887,10 @@ def _general_stages(run: Run, share: float | None, others: int, teacher: Languag
     "The stage of `_prepare_general` that makes up the share beside so many `others`; none where none is meant, see `_share_of`."
     if not (meant := _share_of(share, teacher)): return []
     try: return [_prepare_general(run, teacher, tokenizer, math.ceil(meant/(1 - meant)*others), **how)]
-    except _Silent as error:
+    except NothingSaid as error:
         if share is not None: raise
         print(f'  no conversations about anything: {error}', flush=True)
         return []
-
-
-class _Silent(InputError):
-    "A teacher said nothing of use as its own user."
 
 
 def _check_splits(report: dict, context: int, wanted: str) -> None:

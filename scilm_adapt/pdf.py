@@ -30,7 +30,6 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import psutil
 
@@ -357,6 +356,7 @@ class NoAnswer(ValueError):
 
 def _post(grobid: Grobid, data: bytes) -> bytes:
     "The TEI of a PDF as GROBID's processFulltextDocument answers it; NoAnswer with the reason. A busy server is asked again."
+    import httpx  # only where a server is asked: reading any other paper does not wait for it
     address, form = f"{grobid.url.rstrip('/')}/api/processFulltextDocument", dict(input=('paper.pdf', data, 'application/pdf'))
     until = time.monotonic() + grobid.seconds
     while True:

@@ -28,6 +28,7 @@ from pathlib import Path
 import yaml
 
 import scilm_adapt
+from . import errors
 from .errors import InputError, Stopped, nearest, on_signals
 from .files import check_own, new_aside, read_json, sweep, to_json, write_own
 from .runs import UNFINISHED, Run, drop_scratch
@@ -365,7 +366,7 @@ def _keep_failed(partial: Path, folder: Path, error: BaseException) -> BaseExcep
 # %% ../nbs/53_running.ipynb #49836f89
 def _word_of(error: object) -> BaseException:
     "What to raise for a cell's error as papermill tells it (its name `ename` and text `evalue`): an InputError, Stopped or RunFailed."
-    if error.ename == 'InputError': return InputError(error.evalue)
+    if isinstance(kind := getattr(errors, error.ename, None), type) and issubclass(kind, InputError): return kind(error.evalue)
     if error.ename in ('Stopped', 'KeyboardInterrupt'):              # the kernel itself was told to stop
         named = re.search(r'\((SIG[A-Z]+)\)', error.evalue)
         return Stopped(signal.Signals[named[1]] if named else signal.SIGINT)

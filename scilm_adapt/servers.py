@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from .endpoint import (Budget, Endpoint, Unreachable, Usage, answer_row, appending, chat_request, connect, each_server, finished,
+from .endpoint import (Budget, Endpoint, Usage, answer_row, appending, chat_request, connect, each_server, finished,
                                   is_reachable, listed_models, named, row_to_answer, usage_of)
-from .errors import InputError, progress_bar
+from .errors import InputError, Unreachable, progress_bar
 from .files import content_hash
 from .generate import Answer
 from .runs import by_first

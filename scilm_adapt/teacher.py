@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -334,8 +335,11 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
     about, missing = from_first(lambda: _begun(folder, wanted, len(parts)))
     def write(number: int) -> dict:
         records, statistics = _asked(teacher, parts[number], numbers, k, how, seed, temperature, size)
+        if number == missing[0]: begin_cache(folder, about)  # not before the teacher has said something
         return write_shard(folder/_shard_name(number), records) | dict(statistics=statistics)
-    for number, entry in zip(missing, divided(progress_bar(missing, 'asking the teacher', 'shard'), write)):
+    first = [from_first(lambda: write(missing[0]))] if missing else []
+    entries = chain(first, divided(missing[1:], write))
+    for number, entry in zip(progress_bar(missing, 'asking the teacher', 'shard'), entries):
         about['shards'][_shard_name(number)] = entry
         about['complete'] = len(about['shards']) == len(parts)
         if ranks()[0] == 0: write_json(folder/'targets.json', hashed(about))
@@ -349,10 +353,10 @@ def _shard_name(number: int) -> str:
 
 
 def _begun(folder: Path, wanted: dict, parts: int) -> tuple[dict, list[int]]:
-    "What a cache of so many `parts` says of itself, begun if it is not there, and the numbers of the shards that it lacks."
+    "What a cache of so many `parts` says of itself, and the numbers of the shards that it lacks."
     about = read_about(folder) if (folder/'targets.json').exists() else dict(made=wanted, complete=False, shards={})
     refuse_stale(folder, about['made'], wanted)
-    begin_cache(folder, about)
+    if not (folder/'targets.json').exists(): check_free(folder)
     for aside in (*folder.glob('.shard-*'), *folder.glob('.targets.json.*')): aside.unlink()  # half written when a build was killed
     return about, [number for number in range(parts) if damage(folder/_shard_name(number), about['shards'].get(_shard_name(number)))]
 

@@ -116,6 +116,12 @@ def test_imports_run_one_way(path):
     assert not upward, f'{path.name} may import only from lower numbers, and imports {sorted(upward)}'
 
 
+def test_kinds_of_input_errors_live_in_errors():
+    "A kernel tells no more of an error than its name, by which `running` finds it there again."
+    kind = re.compile(r'class \w+\(.*InputError')
+    assert not [path.name for path in MODULES if path.stem != 'errors' and kind.search(path.read_text(encoding='utf-8'))]
+
+
 def test_a_wing_imports_only_from_wings_before_it():
     wing_of = {name[3:].removesuffix('.ipynb'): number for number, names in enumerate(badges.sidebar(ROOT).values()) for name in names}
     assert list(badges.WINGS) == list(badges.sidebar(ROOT)), 'each section of the sidebar is explained in the map'

@@ -33,7 +33,7 @@ def folder(tmp_path) -> Path:
     "A model folder 'small' as a run leaves it, with a card and what belongs to the run."
     save(small('llama'), tmp_path/'small')
     (tmp_path/'small'/'README.md').write_text(CARD)
-    for name in ('manifest.json', 'history.json', '.verified.json'): (tmp_path/'small'/name).write_text('{"path": "/home/me"}')
+    for name in ('manifest.json', 'history.json', '.verified.json'): (tmp_path/'small'/name).write_text('{"path": "/srv/me"}')
     return tmp_path/'small'
 
 
@@ -250,7 +250,7 @@ def test_a_model_is_pushed_with_its_card_in_one_commit_and_opens_as_it_was(folde
         [files], asked = hub.repositories['me/small']['commits'], hub.repositories['me/small']['asked']
         assert asked.get('private', asked.get('visibility')) in (True, 'private')
         assert set(files) == {path.name for path in folder.iterdir()} - {'manifest.json', 'history.json', '.verified.json'}
-        assert b"from_pretrained('me/small')" in files['README.md'] and b'/home/me' not in b''.join(files.values())
+        assert b"from_pretrained('me/small')" in files['README.md'] and b'/srv/me' not in b''.join(files.values())
         assert hashlib.sha256(files['model.safetensors']).digest() == hashlib.sha256((folder/'model.safetensors').read_bytes()).digest()
         (tmp_path/'there').mkdir()
         for name, data in files.items(): (tmp_path/'there'/name).write_bytes(data)

@@ -22,13 +22,14 @@ from world import BABBLE, free_port, listening, two_processes
 
 from scilm_adapt import cli
 from scilm_adapt.checkpoints import Checkpoints
-from scilm_adapt.endpoint import Endpoint, send, text_request
+from scilm_adapt.endpoint import Endpoint, text_request
 from scilm_adapt.errors import InputError, Stopped
 from scilm_adapt.files import write_text
 from scilm_adapt.models import tiny
 from scilm_adapt.processes import check_launch, check_share, launch, run_script
 from scilm_adapt.running import read_parameters, shipped_notebook
 from scilm_adapt.runs import Run, divided, from_first, meet, ranks, stage
+from scilm_adapt.servers import send
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, pack
 
