@@ -198,6 +198,8 @@ def run_together(notebook: str | Path, parameters: dict[str, object], folder: st
         first = ranks()[0] == 0  # here they meet
         if first: run_script(notebook, parameters)
         else:
+            from transformers.utils.logging import disable_progress_bar
+            disable_progress_bar()  # one that loads weights tells enough for all
             with _quiet(): run_script(notebook, parameters)
     _part()
     if not first: return None

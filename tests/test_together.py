@@ -67,6 +67,7 @@ def two_of(world: Path, *words: str) -> list[int]:
     port = str(free_port())
     def each(rank: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+        os.environ.pop('MPLBACKEND', None)  # the kernel that publishes keeps figures, as a user's does
         AcceleratorState._reset_state(reset_partial_state=True)
         os.chdir(world)
         sys.stdout = sys.stderr = open(world/f'said.{rank}', 'w', buffering=1, encoding='utf-8')
