@@ -11,9 +11,8 @@ __all__ = ['keepers', 'OpenTeacher', 'LiveTeacher', 'ShiftedTeacher', 'systemati
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -337,9 +336,10 @@ def build_cache(folder: str | Path, teacher: OpenTeacher, packed: Packed, k: int
         records, statistics = _asked(teacher, parts[number], numbers, k, how, seed, temperature, size)
         if number == missing[0]: begin_cache(folder, about)  # not before the teacher has said something
         return write_shard(folder/_shard_name(number), records) | dict(statistics=statistics)
-    first = [from_first(lambda: write(missing[0]))] if missing else []
-    entries = chain(first, divided(missing[1:], write))
-    for number, entry in zip(progress_bar(missing, 'asking the teacher', 'shard'), entries):
+    def entries() -> Iterator[dict]:
+        if missing: yield from_first(lambda: write(missing[0]))
+        yield from divided(missing[1:], write)
+    for number, entry in zip(progress_bar(missing, 'asking the teacher', 'shard'), entries()):
         about['shards'][_shard_name(number)] = entry
         about['complete'] = len(about['shards']) == len(parts)
         if ranks()[0] == 0: write_json(folder/'targets.json', hashed(about))
