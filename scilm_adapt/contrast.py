@@ -33,7 +33,7 @@ from .pairs import Pairs, pair_loss, pair_maker
 from .papers import Corpus, document
 from .preference import Pair, Preference, check_preference, preference_batch, preference_part
 from .recipe import Task, recipe_of, train_stage
-from .related import chain_starts, orders, reading_order
+from .related import chain_starts, orders, reading_order, some_chains
 from .runs import Run, rng, stage
 from .tokens import (USEFUL, Packed, Tokens, batch_rows, document_ends, documents_in, encode, encode_stream, pack, read_tokens,
                                 reading_of, store_tokens, write_tokens)
@@ -50,6 +50,7 @@ class Recipe(recipes.Recipe):
     preference_weight: float = 0.0     # of telling how papers go on from how they do not
     chain: int = 1                     # related papers read in one go, each in view of those before it, as far as a row holds them
     chain_order: str = 'related'       # which papers stand in a chain: related ones or, as the control, random ones
+    chain_share: float = 1.0           # of the chains; the papers of the others are read each for itself
     replay_share: float = 0.0          # share of the rows that are general text, so that it is not forgotten (0 = papers only)
     replay_choice: str = 'random'      # which general text is replayed: any, or what a scout forgot most
     paper_choice: str = 'random'       # which papers are read where not all are: any, or those that a scout learnt most from
@@ -86,6 +87,8 @@ class Recipe(recipes.Recipe):
             raise InputError(f'anchor_decay is {self.anchor_decay}; give a number above 0 and up to 1 (1 leaves anchor_weight as it is).')
         check_margin(self.margin)
         if self.chain < 1: raise InputError(f'chain is {self.chain}; give the most papers that are read in one go, 1 for each alone.')
+        if not 0 <= self.chain_share <= 1:
+            raise InputError(f'chain_share is {self.chain_share}; give the share of chains to read, from 0 (none) to 1 (all).')
         if self.chain_order not in orders:
             raise InputError(f"chain_order is '{self.chain_order}'.{nearest(self.chain_order, orders)} There are {', '.join(orders)}.")
         if (self.pairs_weight or self.preference_weight) and student.tokenizer.pad_token_id is None:
@@ -180,9 +183,11 @@ def _chained_rows(run: Run, recipe: Recipe, tokenizer: object, corpus: Corpus, p
             write_tokens(aside, encode_stream(tokenizer, texts), vocabulary)
             contents = read_tokens(aside)
             starts = chain_starts(joined, np.diff(contents.starts) + between, recipe.chain, recipe.context - 2 + between)
+            starts = some_chains(starts, recipe.chain_share, recipe.seed)
             write_tokens(folder, chained(contents, starts, tokenizer), vocabulary)
         np.save(folder/'chains.npy', starts)
-    folder = stage(run, 'chained-tokens', dict(reading=reading_of(tokenizer), chain=recipe.chain, context=recipe.context), make, [parent])
+    config = dict(reading=reading_of(tokenizer), chain=recipe.chain, share=recipe.chain_share, context=recipe.context)
+    folder = stage(run, 'chained-tokens', config, make, [parent])
     return pack(read_tokens(folder), recipe.context, share=USEFUL), _Chains(papers, order, np.load(folder/'chains.npy'))
 
 # %% ../nbs/33_contrast.ipynb #7c825ede

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR_DUPLICATE', 'FAR', 'orders', 'brief', 'telling', 'counted', 'rarity', 'weighted', 'write_index', 'Library',
-           'open_library', 'prepare', 'neighbours', 'walk', 'reading_order', 'chain_starts', 'library_of', 'named']
+           'open_library', 'prepare', 'neighbours', 'walk', 'reading_order', 'chain_starts', 'some_chains',
+           'library_of', 'named']
 
 # %% ../nbs/17_related.ipynb #rel00008
 import re
@@ -291,6 +292,14 @@ def chain_starts(joined: np.ndarray, sizes: np.ndarray, most: int, room: int) ->
             starts.append(place)
             papers, tokens = 1, size
     return np.array([*starts, len(sizes)], np.int64)
+
+
+def some_chains(starts: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    "Where chains begin, [chains + 1], when a `share` of those from `starts` stay, by chance, and the papers of the others stand alone."
+    chains = len(starts) - 1
+    stay = rng('some chains', seed).permutation(chains) < share*chains
+    within = np.setdiff1d(np.arange(starts[-1]), starts)
+    return np.union1d(starts, within[~stay[np.searchsorted(starts, within, 'right') - 1]])
 
 # %% ../nbs/17_related.ipynb #rel00033
 def library_of(source: str) -> Library:

@@ -2,6 +2,7 @@
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 # Before anything imports torch, transformers or matplotlib; the subprocesses that tests start inherit them.
@@ -43,3 +44,10 @@ def pytest_collection_finish() -> None:
 def root() -> Path:
     "The checkout: the folder that holds settings.ini."
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left():
+    "What a test draws is its own: the next one finds no open figure, whichever ran before it in this process."
+    yield
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')

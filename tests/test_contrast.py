@@ -408,13 +408,14 @@ def test_a_chain_is_one_document_of_which_all_but_the_start_is_learnt(student):
     assert not batch['loss_mask'][0, starts[:2]].any()
 
 
-@pytest.mark.parametrize(('most', 'context'), [(5, 200), (2, 200), (5, 80), (3, 12)])
-def test_chains_read_every_paper_once_and_fit_where_a_paper_does(tmp_path, linked, student, most, context):
-    recipe, tokenizer = Recipe(chain=most, context=context), student.tokenizer
+@pytest.mark.parametrize(('most', 'context', 'share'), [(5, 200, 1), (2, 200, 1), (5, 80, 1), (3, 12, 1), (5, 200, 0.5)])
+def test_chains_read_every_paper_once_and_fit_where_a_paper_does(tmp_path, linked, student, most, context, share):
+    recipe, tokenizer = Recipe(chain=most, context=context, chain_share=share), student.tokenizer
     packed, named = contrast._chained_rows(Run(tmp_path/'run'), recipe, tokenizer, linked, TOGETHER)
     read = [packed.tokens.ids[a:b].tolist() for a, b in pairwise(packed.tokens.starts)]
     sizes = np.diff(named.starts)
-    assert sizes.max() <= most and (sizes.max() > 1) == (context > 30) and sorted(named.order.tolist()) == [*range(12)]
+    assert sizes.max() <= most and (sizes.max() > 1) == (context > 30)
+    assert (share == 1 or sizes.min() == 1) and sorted(named.order.tolist()) == [*range(12)]
     for number, (ids, (begin, end)) in enumerate(zip(read, pairwise(named.starts), strict=True)):
         papers = [TOGETHER[n] for n in named.order[begin:end]]
         assert tokenizer.decode(ids[1:-1]) == '\n\n'.join(map(document, papers)) and (len(ids) <= context or len(papers) == 1)
@@ -542,6 +543,8 @@ def test_it_learns_which_title_belongs_to_which_text(tmp_path, corpus, student):
     (dict(anchor_decay=1.01), r'anchor_decay is 1.01'),
     (dict(margin=0.0), r'margin is 0.0'),
     (dict(chain=0), r'chain is 0.*1 for each alone'),
+    (dict(chain_share=1.5), r'chain_share is 1.5.*from 0 \(none\) to 1 \(all\)'),
+    (dict(chain_share=-0.1), r'chain_share is -0.1'),
     (dict(chain_order='relatd'), r"chain_order is 'relatd'.*mean 'related'.*random"),
     (dict(preference_weight=1.0, preference=Preference(length=500)), r'length is 500'),
     (dict(next_token_weight=-0.1), r'next_token_weight is -0.1'),

@@ -1,6 +1,7 @@
 """Papers found by a title or a question among many, without what repeats or is held out; and an order in which neighbours meet."""
 import json
 from collections import Counter
+from itertools import pairwise
 from math import log, sqrt
 
 import numpy as np
@@ -26,6 +27,7 @@ from scilm_adapt.related import (
     orders,
     prepare,
     reading_order,
+    some_chains,
     telling,
     walk,
     write_index,
@@ -208,6 +210,18 @@ def test_chains_are_stretches_of_neighbours_that_fit(papers, most, room):
     for begin, end in zip(starts, starts[1:]):
         assert end - begin <= most and joined[begin + 1:end].all() and (end - begin == 1 or sizes[begin:end].sum() <= room)
         if end < len(papers) and joined[end]: assert end - begin == most or sizes[begin:end + 1].sum() > room  # no shorter than need be
+
+
+@given(some.lists(some.integers(1, 5), min_size=1, max_size=40), some.floats(0, 1), some.integers(0, 3))
+def test_a_share_of_chains_stays_and_the_papers_of_the_others_stand_alone(sizes, share, seed):
+    starts = np.r_[0, np.cumsum(sizes)]
+    found = some_chains(starts, share, seed)
+    whole, parts = set(pairwise(starts.tolist())), set(pairwise(found.tolist()))
+    assert found[0] == 0 and found[-1] == starts[-1] and all(end - begin == 1 or (begin, end) in whole for begin, end in parts)
+    alone = sum(size == 1 for size in sizes)
+    stayed, asked = sum((one in parts) for one in whole), int(np.ceil(share*len(sizes)))
+    assert asked <= stayed <= asked + alone
+    assert np.array_equal(some_chains(starts, 1.0), starts) and np.array_equal(some_chains(starts, 0.0), np.arange(starts[-1] + 1))
 
 
 def test_a_library_of_what_people_have(tmp_path, capsys):
