@@ -47,6 +47,22 @@ def pandoc(markdown: str) -> str:
 
 # ---- from pandoc's HTML to a page ----
 
+def plain_code(html: str, page: Page) -> str:
+    """The HTML with its code blocks as plain text, each with a number; `page.code` keeps how they look in colours.
+
+    Four of five tags of the site are colours of code, and no step from here on looks at them."""
+    def kept(found: re.Match) -> str:
+        page.code.append(re.sub(r'<a href="#cb[^>]*></a>', '', found[2]))
+        return f'{found[1]} data-code="{len(page.code) - 1}">{re.sub("<[^>]*>", "", found[2])}</code></pre>'
+    return re.sub(r'(<pre class="sourceCode[^>]*><code[^>]*)>(.*?)</code></pre>', kept, html, flags=re.DOTALL)
+
+
+def coloured_code(html: str, page: Page) -> str:
+    """What `plain_code` made plain, in colours again."""
+    return re.sub(r'(<code[^>]*) data-code="(\d+)">[^<]*', lambda found: f'{found[1]}>{page.code[int(found[2])]}', html)
+
+
+
 def title_callouts(soup: BeautifulSoup) -> None:
     """Give every callout its title: the attribute, else its first heading, else its kind."""
     for box in soup.select('[class*=callout-]'):     # pandoc writes a section where a heading comes first
@@ -135,7 +151,7 @@ def render(page: Page, cfg) -> BeautifulSoup:
         html = pandoc('\n\n'.join(cell_markdown(page, cell) for cell in page.cells))
     except Exception as error:
         raise SystemExit(f'nbs/{page.name}: {error}') from error
-    soup = BeautifulSoup(html, 'html.parser')
+    soup = BeautifulSoup(plain_code(html, page), 'html.parser')
     title_callouts(soup)
     box_wide_things(soup)
     name_symbols(soup)
@@ -149,7 +165,7 @@ def write_page(out: Path, page: Page, soup: BeautifulSoup, template: Template, *
         (out/path).parent.mkdir(parents=True, exist_ok=True)
         (out/path).write_bytes(data)
     headings = [(h.name, h['id'], h.get_text()) for h in soup.select('h2[id], h3[id]')]
-    (out/page.url).write_text(template.render(page=page, body=str(soup), headings=headings, **frame), encoding='utf-8')
+    (out/page.url).write_text(template.render(page=page, body=coloured_code(str(soup), page), headings=headings, **frame), encoding='utf-8')
 
 
 def write_site(out: Path, sections: list[tuple[str, list[Page]]], cfg) -> None:

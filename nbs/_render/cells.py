@@ -20,6 +20,7 @@ class Page:
     description: str
     lang: str                   # ru for *_ru.ipynb, else en
     files: dict = field(default_factory=dict)    # pictures: path below the site -> bytes
+    code: list = field(default_factory=list)     # its code blocks in colours, as HTML
     symbols: list = field(default_factory=list)  # exported definitions: (name, first line of the docstring)
 
     @property
