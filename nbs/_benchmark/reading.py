@@ -91,6 +91,14 @@ def plain(folder: Path, precision: str) -> Callable[[], float]:
     return round_of_all
 
 
+def rounds_of(made: object) -> Callable[[], float]:
+    "A round of all batches that a trainer's own data loader makes, as a function that returns the loss."
+    batches = list(made.get_train_dataloader())
+    counts = [(batch['labels'][:, 1:] != -100).sum() for batch in batches]
+    step = trl_step(made)
+    return lambda: mean([step(*each) for each in zip(batches, counts)], [count.item() for count in counts])
+
+
 def sft(folder: Path, precision: str, packing: bool = False, gradient_checkpointing: bool = False) -> Callable[[], float]:
     "trl.SFTTrainer, the batches being those of its own data loader."
     from datasets import Dataset
@@ -98,15 +106,22 @@ def sft(folder: Path, precision: str, packing: bool = False, gradient_checkpoint
     (size, _), student = sizes(folder), open_model(folder, 'student')
     settings = trl_settings(SFTConfig, precision, size['rows_a_step' if packing else 'documents_a_step'], max_length=size['context'],
                             packing=packing, gradient_checkpointing=gradient_checkpointing)
-    trainer = SFTTrainer(student.model, settings, train_dataset=Dataset.from_dict(dict(input_ids=documents(folder))),
-                         processing_class=student.tokenizer)
-    batches = list(trainer.get_train_dataloader())
-    counts = [(batch['labels'][:, 1:] != -100).sum() for batch in batches]
-    step = trl_step(trainer)
-    return lambda: mean([step(*each) for each in zip(batches, counts)], [count.item() for count in counts])
+    return rounds_of(SFTTrainer(student.model, settings, train_dataset=Dataset.from_dict(dict(input_ids=documents(folder))),
+                                processing_class=student.tokenizer))
 
 
-OTHERS = {'plain': plain, 'sft': sft, 'sft, packed': partial(sft, packing=True),
+def trainer(folder: Path, precision: str) -> Callable[[], float]:
+    "transformers.Trainer with the collator that comes with it, which fills documents up to the longest; batches of its own data loader."
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+    (size, _), student = sizes(folder), open_model(folder, 'student')
+    made = Trainer(student.model, trl_settings(TrainingArguments, precision, size['documents_a_step']),
+                   train_dataset=Dataset.from_dict(dict(input_ids=documents(folder))),
+                   data_collator=DataCollatorForLanguageModeling(student.tokenizer, mlm=False))
+    return rounds_of(made)
+
+
+OTHERS = {'plain': plain, 'Trainer': trainer, 'sft': sft, 'sft, packed': partial(sft, packing=True),
           'sft, as it comes': partial(sft, gradient_checkpointing=True)}
 
 
