@@ -203,8 +203,10 @@ def _digests(folder: Path) -> dict[str, list[str]]:
 
 # %% ../nbs/01_files.ipynb #a9c73873
 def _barely_begun(folder: Path) -> bool:
-    "Whether a folder has the name of one of ours and nothing in it: who made it was killed before it was marked, or after it was emptied."
-    return ASIDE.fullmatch(folder.name) is not None and not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
+    """Whether a folder has the name of one of ours and nothing in it but, at most, an empty mark: who made it was killed before it was
+    marked, in the middle of that, or after it was emptied."""
+    if not ASIDE.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir(): return False
+    return all(path.name == WORK and is_plain(path) and not path.stat().st_size for path in folder.iterdir())
 
 
 def look(folder: str | Path, known: dict[str, list[str]] | None = None) -> tuple[list[Path], list[Path]]:
@@ -319,7 +321,7 @@ def sweep(final: Path) -> None:
     for left in sorted(final.glob('.scilm.*')):  # it was filled in place: what had been moved out of the folder aside is in its manifest
         about, match = marked(left), ASIDE.fullmatch(left.name)
         if not match or _alive(about.get('process', int(match[2])), about.get('machine', '')): continue
-        if _barely_begun(left): left.rmdir()
+        if _barely_begun(left): drop(left)
         if not about: continue
         if not read_manifest(final):
             here = {name: wanted for name, wanted in _digests(left).items() if is_plain(final/name)}

@@ -180,14 +180,17 @@ def test_killed_at_any_moment_it_loses_nothing_and_goes_on(source, made, tmp_pat
     assert not left or name == 'checkpoints', left
 
 
+@pytest.mark.parametrize('begun', [False, True])
 @pytest.mark.parametrize('inside', [False, True])
-def test_a_folder_that_was_not_marked_yet_is_in_nobodys_way(source, tmp_path, monkeypatch, inside):
-    "Killed between making a folder and marking it, or between emptying and removing it, a process leaves an empty one."
+def test_a_folder_that_was_not_marked_yet_is_in_nobodys_way(source, tmp_path, monkeypatch, inside, begun):
+    """Killed between making a folder and marking it, or between emptying and removing it, a process leaves an empty one, and killed
+    when the mark's file is there and its words are not, one with an empty mark."""
     process = subprocess.Popen(['true'])
     process.wait()
     out = tmp_path/'out'
     left = out/f'.scilm.{process.pid}-0123abcd' if inside else tmp_path/f'.out.{process.pid}-0123abcd'
     left.mkdir(parents=True)
+    if begun: (left/files.WORK).touch()
     monkeypatch.chdir(out if inside else tmp_path)
     for _ in range(2): assert scilm('papers', source/'papers.jsonl', '-o', '.' if inside else 'out') == 0
     assert is_papers(out) and not left.exists()
