@@ -23,16 +23,7 @@ from pathlib import Path
 
 from .errors import InputError, Stopped, on_signals
 from .files import read_json
-from scilm_adapt.running import (
-    RunFailed,
-    cause_of_death,
-    check_parameters,
-    heading_of,
-    read_parameters,
-    run_notebook,
-    stop,
-    training_environment,
-)
+from .running import MALLOC, RunFailed, cause_of_death, check_parameters, heading_of, read_parameters, run_notebook, stop
 from .runs import ranks
 
 # %% ../nbs/54_processes.ipynb #pro00131
@@ -81,7 +72,7 @@ def _environment(number: int, processes: int, port: int) -> dict[str, str]:
     share = str(max(1, (os.cpu_count() or 1)//processes))
     place = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port,
                  MASTER_ADDR='127.0.0.1')
-    return dict(OMP_NUM_THREADS=share) | training_environment() | {name: str(value) for name, value in place.items()}
+    return MALLOC | dict(OMP_NUM_THREADS=share) | os.environ | {name: str(value) for name, value in place.items()}
 
 
 def _end(running: list[subprocess.Popen], steps: list[tuple[int | None, float]]) -> None:

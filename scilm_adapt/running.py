@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MALLOC', 'SENTINEL', 'Parameter', 'read_parameters', 'check_parameters', 'describe_parameters', 'shipped_notebook',
-           'find_preset', 'read_preset', 'stop', 'training_environment', 'RunFailed', 'heading_of', 'cause_of_death',
-           'run_notebook']
+           'find_preset', 'read_preset', 'stop', 'RunFailed', 'heading_of', 'cause_of_death', 'run_notebook']
 
 # %% ../nbs/53_running.ipynb #e644e434
 import ast
@@ -259,12 +258,6 @@ _SAVING = 60  # seconds that a cell gets to finish its step and write a checkpoi
 MALLOC = dict(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**33), MALLOC_TOP_PAD_=str(2**28))
 
 
-def training_environment() -> dict[str, str]:
-    "The environment of a process that trains: this one's, and `MALLOC` and a thread's waiting in sleep where it says nothing of these."
-    waiting = {} if {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & os.environ.keys() else dict(GOMP_SPINCOUNT='0')
-    return MALLOC | waiting | os.environ
-
-
 @contextmanager
 def _kernel() -> Iterator[object]:
     "A started kernel (an AsyncKernelManager) of this very interpreter; after the block it and its children are gone."
@@ -275,7 +268,7 @@ def _kernel() -> Iterator[object]:
     quiet = ['--IPKernelApp.log_level=ERROR', '--HistoryManager.hist_file=:memory:']
     seen = dict(COLUMNS=str(shutil.get_terminal_size().columns))     # bars as wide as this terminal, and no word on widgets it lacks
     seen['PYTHONWARNINGS'] = ','.join(filter(None, [os.environ.get('PYTHONWARNINGS'), 'ignore:IProgress not found']))
-    run_sync(manager.start_kernel)(extra_arguments=quiet, env=training_environment() | seen)
+    run_sync(manager.start_kernel)(extra_arguments=quiet, env=MALLOC | os.environ | seen)
     group, client = manager.provisioner.pgid, manager.client()
     manager.client = lambda: client                                  # papermill asks for one and would leave its sockets open
     well, patience, impatient = False, 3, []
