@@ -202,11 +202,16 @@ def _digests(folder: Path) -> dict[str, list[str]]:
     return {name: [entry['sha256']] for name, entry in named.items()} | {MANIFEST: [file_hash(folder/MANIFEST)]}
 
 # %% ../nbs/01_files.ipynb #a9c73873
+def _half_marked(folder: Path) -> bool:
+    "Whether the mark of a folder is there and empty, as one that a process was killed over."
+    return is_plain(folder/WORK) and not (folder/WORK).stat().st_size
+
+
 def _barely_begun(folder: Path) -> bool:
     """Whether a folder has the name of one of ours and nothing in it but, at most, an empty mark: who made it was killed before it was
     marked, in the middle of that, or after it was emptied."""
     if not ASIDE.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir(): return False
-    return all(path.name == WORK and is_plain(path) and not path.stat().st_size for path in folder.iterdir())
+    return not (names := {path.name for path in folder.iterdir()}) or names == {WORK} and _half_marked(folder)
 
 
 def look(folder: str | Path, known: dict[str, list[str]] | None = None) -> tuple[list[Path], list[Path]]:
@@ -218,8 +223,7 @@ def look(folder: str | Path, known: dict[str, list[str]] | None = None) -> tuple
     named = (known or {}) | _digests(folder)
     try: sure = set(verified(folder)['files'])  # what was seen well and has not changed is not read again
     except Damaged: sure = set()
-    begun = is_plain(folder/WORK) and not (folder/WORK).stat().st_size
-    sure |= {name for name, ours in ((SEEN, _is_memory(folder/SEEN)), (WORK, begun or marked(folder))) if ours}
+    sure |= {name for name, ours in ((SEEN, _is_memory(folder/SEEN)), (WORK, _half_marked(folder) or marked(folder))) if ours}
     above = {parent.as_posix() for name in named for parent in Path(name).parents}
     for place, inner, names in os.walk(folder):
         for path in sorted(Path(place, name) for name in (*inner, *names)):

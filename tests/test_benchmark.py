@@ -277,30 +277,23 @@ def test_synthetic_records_repeat_each_other_as_they_say():
     assert sum(text is None for text in texts) > 10 and abs(np.mean([len(text.split()) for text in texts if text]) - 100) < 8
 
 
-def grown(code: str) -> object:
-    "What `code` leaves in `found`, in a process of its own: one that has done other work has memory lying about, which it takes first."
-    program = f'import json, growth\n{code}\nprint(json.dumps(found))'
-    done = subprocess.run([sys.executable, '-c', program], cwd=FOLDER, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_what_work_takes_is_seen():
-    found = grown("""
-import time, numpy as np
+    program = """
+import json, time, growth, numpy as np
 def work():
     block = np.ones(40*2**20, np.uint8)
-    start = time.process_time()
-    while time.process_time() < start + 0.3: block += 1
-found = growth.measured(work)""")
-    # Who watches takes a part of the processor's time, beside the work and on another core: the clock may show less.
-    assert 0.3 <= found['seconds'] < 1 and 39 < found['MiB'] < 60 and found['wall'] > 0.15
+    start, used = time.perf_counter(), time.process_time()  # of which the second also runs for who watches
+    while min(time.perf_counter() - start, time.process_time() - used) < 0.3: block += 1
+print(json.dumps(growth.measured(work)))"""  # in a process of its own: one that has done other work has memory lying about
+    done = subprocess.run([sys.executable, '-c', program], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert 0.3 <= found['seconds'] < 1 and 35 < found['MiB'] < 80 and found['wall'] >= 0.3
 
 
 def test_a_step_of_a_larger_model_takes_more(tmp_path):
-    small, large = grown(f"""
-from pathlib import Path
-found = [growth.step(Path({str(tmp_path)!r}), 32, 512, shape, steps=2) for shape in ((32, 1, 2), (384, 4, 4))]""")
+    small, large = (asked('step', tmp_path, 'growth', context=32, vocabulary=512, shape=shape, steps=2)
+                    for shape in ((32, 1, 2), (384, 4, 4)))
     assert large['weights'] > 10*small['weights'] and large['seconds'] > 0 < small['seconds']
     assert large['MiB'] > 0.8*4*4*large['weights']/2**20, 'weights, gradients and two moments of four bytes, but for what lay about'
 

@@ -62,7 +62,6 @@ def coloured_code(html: str, page: Page) -> str:
     return re.sub(r'(<code[^>]*) data-code="(\d+)">[^<]*', lambda found: f'{found[1]}>{page.code[int(found[2])]}', html)
 
 
-
 def title_callouts(soup: BeautifulSoup) -> None:
     """Give every callout its title: the attribute, else its first heading, else its kind."""
     for box in soup.select('[class*=callout-]'):     # pandoc writes a section where a heading comes first
