@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['metrics', 'STUDENT', 'VERDICTS', 'bits_per_byte', 'answers_of', 'metrics_for', 'title_terms', 'written',
            'writing_metrics', 'Compared', 'lineup', 'references', 'one_per_paper', 'related_items', 'test_items',
-           'measure', 'summarise', 'signed', 'signed_interval', 'finding', 'findings', 'compare_seeds', 'seeds_table',
-           'compare']
+           'measure', 'summarise', 'finding', 'findings', 'compare_seeds', 'seeds_table', 'compare']
 
 # %% ../nbs/50_evaluate.ipynb #fdb4cac2
 import math
@@ -25,7 +24,7 @@ from .errors import InputError, progress_bar, say
 from .files import content_hash, hashed, read_json, write_json
 from .generate import REPETITION_PENALTY, after_title, answer_bits, chat_prompt, continuations, respond
 from .instruct import Chats
-from .intervals import Metric, Subject
+from .intervals import Metric, Subject, signed_interval
 from .models import (LanguageModel, hidden_states, load, logits_of, parameter_count, shared_vocabulary, teacher_dtype,
                                 weights_hash)
 from .papers import Corpus, document
@@ -393,18 +392,6 @@ def summarise(measured: dict, seed: int = 0, metrics: dict[str, Metric] = metric
 
 
 VERDICTS = dict(better='better, shown', worse='worse, shown', open='a difference is not shown')
-
-
-def signed(value: float, digits: int = 3) -> str:
-    "A number with its sign, the minus as typographers write it, and no sign on what rounds to zero."
-    text = f'{value:+.{digits}f}'.replace('-', '−')
-    return text[1:] if not any(digit in text for digit in '123456789') else text
-
-
-def signed_interval(difference: dict) -> str:
-    "A difference and its interval, such as '−0.300 [−0.310, −0.280]'."
-    low, value, high = (signed(difference[key]) for key in ('low', 'value', 'high'))
-    return f'{value} [{low}, {high}]'
 
 
 def finding(result: dict, difference: dict) -> str:

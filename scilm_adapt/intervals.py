@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['estimates', 'ratio_interval', 'difference_interval', 'rate_interval', 'rate_difference_interval', 'seeds_interval',
-           'seeds_p_value', 'holm', 'documents_needed', 'Subject', 'Metric']
+           'seeds_p_value', 'holm', 'documents_needed', 'claim', 'judged', 'signed', 'signed_interval', 'told',
+           'Subject', 'Metric']
 
 # %% ../nbs/03_intervals.ipynb #68cc933a
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,6 +110,53 @@ def documents_needed(numerator: np.ndarray, denominator: np.ndarray) -> int | No
     value, (seeds, documents) = _seeds_reach(numerator, denominator, 0.05)
     if abs(value) <= seeds: return None
     return max(2, math.ceil(np.shape(numerator)[1]*documents**2/(value**2 - seeds**2)))
+
+# %% ../nbs/03_intervals.ipynb #int00005
+def claim(mine: np.ndarray, controls: dict[str, np.ndarray], denominator: np.ndarray) -> dict:
+    """That a ratio is lower than with each of the controls: the 'differences' with intervals, the 'p_value', the documents 'needed'.
+
+    Numerators are [seeds, documents], the denominator [documents]. Documents are None where a difference points the other way, and where
+    these seeds leave one open with any number of them.
+    """
+    apart = {name: np.asarray(mine, float) - np.asarray(theirs, float) for name, theirs in controls.items()}
+    found = {name: seeds_interval(one, denominator) for name, one in apart.items()}
+    risks = [seeds_p_value(one, denominator) if found[name]['value'] < 0 else 1.0 for name, one in apart.items()]
+    needed = [documents_needed(one, denominator) if found[name]['value'] < 0 else None for name, one in apart.items()]
+    return dict(differences=found, p_value=max(risks), needed=None if None in needed else max(needed))
+
+
+def judged(claims: dict[str, dict], too_dear: Collection[str] = ()) -> dict[str, dict]:
+    "Claims with their p-values corrected together, 'holm', and a 'verdict' below 0.05; `too_dear` names those that cost too much."
+    def verdict(name: str, risk: float) -> str:
+        return 'not shown' if risk >= 0.05 else 'shown, but it costs too much' if name in too_dear else 'shown'
+    return {name: claims[name] | dict(holm=risk, verdict=verdict(name, risk))
+            for name, risk in holm({name: about['p_value'] for name, about in claims.items()}).items()}
+
+# %% ../nbs/03_intervals.ipynb #int00006
+def signed(value: float, digits: int = 3) -> str:
+    "A number with its sign, the minus as typographers write it, and no sign on what rounds to zero."
+    text = f'{value:+.{digits}f}'.replace('-', '−')
+    return text[1:] if not any(digit in text for digit in '123456789') else text
+
+
+def signed_interval(difference: dict) -> str:
+    "A difference and its interval, such as '−0.300 [−0.310, −0.280]'."
+    low, value, high = (signed(difference[key]) for key in ('low', 'value', 'high'))
+    return f'{value} [{low}, {high}]'
+
+
+def told(name: str, about: dict, unit: str = '', documents: str = 'papers') -> str:
+    "What may be said of one of the `judged` claims, out of its numbers; `unit` follows the first difference."
+    against = '; '.join(f'{signed_interval(interval)}{f" {unit}"*(not n and bool(unit))} against {control}'
+                        for n, (control, interval) in enumerate(about['differences'].items()))
+    if about['verdict'] != 'not shown': return f"{name}: {against}: {about['verdict']} (p = {about['holm']:.3f})."
+    worse = [control for control, interval in about['differences'].items() if interval['low'] > 0]
+    other = [control for control, interval in about['differences'].items() if interval['value'] >= 0]
+    why = (f"it is worse than {' and '.join(worse)}" if worse else
+           f"against {' and '.join(other)} the difference points the other way" if other else
+           f"it would have taken {about['needed']:,} {documents}" if about['needed'] else
+           f'with these seeds no number of {documents} would do')
+    return f'{name}: {against}: not shown; {why}.'
 
 # %% ../nbs/03_intervals.ipynb #a74ef632
 def _verdict(interval: dict[str, float], lower_is_better: bool = True) -> str:

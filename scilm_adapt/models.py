@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ZOO', 'zoo', 'LanguageModel', 'context_of', 'parameter_count', 'best_device', 'mixed_precision', 'teacher_dtype',
-           'families', 'build', 'tiny', 'Habits', 'distance', 'rounding_error', 'at_rest', 'short_documents', 'habits',
-           'hidden_states', 'before_head', 'logits_of', 'load', 'save', 'save_deltas', 'weights_hash',
-           'same_vocabulary', 'shared_vocabulary', 'adopt_chat', 'check_memory']
+           'reads_in_16_bits', 'families', 'build', 'tiny', 'Habits', 'distance', 'rounding_error', 'at_rest',
+           'short_documents', 'habits', 'hidden_states', 'before_head', 'logits_of', 'load', 'save', 'save_deltas',
+           'weights_hash', 'same_vocabulary', 'shared_vocabulary', 'adopt_chat', 'check_memory']
 
 # %% ../nbs/21_models.ipynb #cb1d083b
 import hashlib
@@ -81,6 +81,16 @@ def teacher_dtype(device: torch.device | None = None) -> torch.dtype:
     "The numbers for weights that are only read: 16 bits on a GPU, which halves a teacher's memory, 32 bits on a processor."
     device = device or best_device()
     return dict(bf16=torch.bfloat16, fp16=torch.float16)[mixed_precision(device)] if device.type == 'cuda' else torch.float32
+
+
+_WORTH_ROUNDING = 16_000_000  # weights of a model from which rounding them costs a processor less than products in 16 bits save
+
+
+def reads_in_16_bits(model: torch.nn.Module) -> bool:
+    "Whether a model that is only read multiplies in bfloat16: where that is native and, on a processor, it has 32 bits and is not tiny."
+    weight = next(model.parameters())
+    worth = weight.device.type == 'cuda' or weight.dtype == torch.float32 and parameter_count(model) >= _WORTH_ROUNDING
+    return worth and mixed_precision(weight.device) == 'bf16'
 
 # %% ../nbs/21_models.ipynb #98b767fa
 def families(vocabulary: int, hidden: int, layers: int, heads: int, context: int) -> dict[str, dict]:

@@ -25,9 +25,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 
-from .evaluate import STUDENT, VERDICTS, Compared, finding, findings, lineup, metrics, signed, signed_interval
+from .evaluate import STUDENT, VERDICTS, Compared, finding, findings, lineup, metrics
 from .files import content_hash, ledger, read_json, staged_folder, to_json, write_own
-from .intervals import Metric, estimates
+from .intervals import Metric, estimates, signed, signed_interval
 from .models import LanguageModel, best_device, save, weights_hash
 from .papers import Corpus
 from .runs import Run, by_first, figure_theme, stage

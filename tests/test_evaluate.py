@@ -30,7 +30,6 @@ from scilm_adapt.evaluate import (
     references,
     related_items,
     seeds_table,
-    signed,
     summarise,
     title_terms,
     writing_metrics,
@@ -39,7 +38,7 @@ from scilm_adapt.evaluate import (
 from scilm_adapt.files import read_json
 from scilm_adapt.generate import answer_bits
 from scilm_adapt.instruct import Chats
-from scilm_adapt.intervals import Metric, Subject, _verdict, seeds_interval
+from scilm_adapt.intervals import Metric, Subject, _verdict, seeds_interval, signed
 from scilm_adapt.models import LanguageModel, build, save, tiny
 from scilm_adapt.papers import Corpus
 from scilm_adapt.related import brief, prepare
@@ -156,7 +155,6 @@ def test_a_sentence_in_full():
     difference = dict(metric='science_bpb', model='distilled', against='base', value=-0.30, low=-0.31, high=-0.28, verdict='better')
     assert finding(result, difference) == ('Science: distilled reads science at 1.72 bits per byte against 2.02 of base: better, shown '
                                            '(difference −0.300 [−0.310, −0.280]).')
-    assert signed(0.0) == '0.000' and signed(-0.00049) == '0.000' and signed(0.1) == '+0.100'
 
 
 def test_higher_is_better_for_stopping_only():

@@ -9,14 +9,18 @@ from scilm_adapt.errors import InputError
 from scilm_adapt.intervals import (
     _resampled_ratios,
     _verdict,
+    claim,
     difference_interval,
     documents_needed,
     holm,
+    judged,
     rate_difference_interval,
     rate_interval,
     ratio_interval,
     seeds_interval,
     seeds_p_value,
+    signed,
+    told,
 )
 
 
@@ -202,3 +206,52 @@ def test_of_so_many_documents_the_same_mean_is_just_shown():
     lucky, ones = np.array([[0.5]*9, [-0.4]*9, [0.1]*9]) + 0.01*np.arange(9), np.ones(9)
     assert documents_needed(lucky, ones) is None and documents_needed(0*lucky, ones) is None
     assert documents_needed(np.ones((3, 9)), ones) == 2
+
+
+# --- claims and their controls ------------------------------------------------------------------------------------------------------
+
+def arms(**gains: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    "Numerators [3 seeds, 200 documents] of arms that gain so much of the same reading, each with a little chance of its own, and sizes."
+    draw = np.random.default_rng(7)
+    reading = np.full((3, 200), 400.0) + draw.normal(0, 40, 200)
+    return {name: reading - gain*300 + draw.normal(0, 3, (3, 200)) for name, gain in gains.items()}, np.full(200, 300.0)
+
+
+def test_a_claim_has_to_beat_every_control_and_its_p_value_is_the_largest():
+    of, sizes = arms(mine=0.05, reading=0.0, shuffled=0.04, better=0.06)
+    both = claim(of['mine'], dict(reading=of['reading'], shuffled=of['shuffled']), sizes)
+    parts = {name: of['mine'] - of[name] for name in ('reading', 'shuffled')}
+    assert both['differences'] == {name: seeds_interval(apart, sizes) for name, apart in parts.items()}
+    assert both['p_value'] == max(seeds_p_value(apart, sizes) for apart in parts.values()) < 0.05
+    assert both['needed'] == max(documents_needed(apart, sizes) for apart in parts.values())
+    lost = claim(of['mine'], dict(reading=of['reading'], better=of['better']), sizes)
+    assert lost['p_value'] == 1 and lost['needed'] is None and lost['differences']['better']['value'] > 0
+
+
+def test_claims_are_judged_together_and_by_their_price():
+    claims = {name: dict(differences={}, p_value=risk, needed=9) for name, risk in dict(a=0.001, b=0.02, c=0.03, d=0.9).items()}
+    found = judged(claims, too_dear=['a', 'd'])
+    assert {name: about['holm'] for name, about in found.items()} == holm({name: about['p_value'] for name, about in claims.items()})
+    assert [about['verdict'] for about in found.values()] == ['shown, but it costs too much', 'not shown', 'not shown', 'not shown']
+    assert judged({'b': claims['b']})['b']['verdict'] == 'shown', 'alone it would have been'
+    assert 'holm' not in claims['a'] and judged({}) == {}
+
+
+@pytest.mark.parametrize('about, words', [
+    (dict(differences=dict(reading=dict(value=-0.02, low=-0.03, high=-0.01)), holm=0.0123, verdict='shown'),
+     '−0.020 [−0.030, −0.010] bits against reading: shown (p = 0.012).'),
+    (dict(differences=dict(a=dict(value=-0.02, low=-0.03, high=-0.01), b=dict(value=0.02, low=0.01, high=0.03)), verdict='not shown'),
+     '−0.020 [−0.030, −0.010] bits against a; +0.020 [+0.010, +0.030] against b: not shown; it is worse than b.'),
+    (dict(differences=dict(a=dict(value=0.0, low=-0.03, high=0.03)), verdict='not shown'),
+     'against a the difference points the other way.'),
+    (dict(differences=dict(a=dict(value=-0.01, low=-0.03, high=0.01)), needed=1234, verdict='not shown'),
+     'it would have taken 1,234 papers.'),
+    (dict(differences=dict(a=dict(value=-0.01, low=-0.03, high=0.01)), needed=None, verdict='not shown'),
+     'no number of papers would do.')])
+def test_what_is_told_of_a_claim_follows_from_its_numbers(about, words):
+    text = told('x', about, 'bits')
+    assert text.startswith('x: ') and text.endswith(words)
+
+
+def test_signs_are_typographic_and_zero_has_none():
+    assert [signed(value) for value in (0.0, -0.00049, 0.1, -0.0312)] == ['0.000', '0.000', '+0.100', '−0.031']

@@ -707,6 +707,31 @@ def test_the_surprise_of_documents_is_that_of_a_naive_loop(context, marked):
     assert np.allclose(nats, [naive_nats(lm, ids, mask, min(context, 128)) for ids, mask in zip(documents, masks)], rtol=1e-10)
 
 
+def test_a_processor_that_multiplies_16_bits_reads_in_them_and_keeps_the_third_digit(monkeypatch):
+    lm, halves = model_of(), []
+    documents = [encode_document(lm.tokenizer, text) for text in TEXTS*3]
+    expected = document_nats(lm, documents)
+    monkeypatch.setattr('scilm_adapt.models.mixed_precision', lambda device: 'bf16')
+    assert np.array_equal(document_nats(lm, documents), expected), 'for a tiny model rounding its weights costs more than it saves'
+    monkeypatch.setattr('scilm_adapt.models._WORTH_ROUNDING', 0)
+    lm.model.get_output_embeddings().register_forward_hook(lambda module, given, logits: halves.append((given[0].dtype, logits.dtype)))
+    found = document_nats(lm, documents)
+    assert not np.array_equal(found, expected) and abs(found.sum()/expected.sum() - 1) < 1e-3
+    assert {*halves} == {(torch.float32, torch.float32)}, 'logits of 16 bits know two digits'
+    lm.model.double()
+    assert np.allclose(document_nats(lm, documents), expected, rtol=1e-5), 'who asks for 64 bits gets them'
+
+
+def test_a_model_of_16_bits_is_read_as_it_is_where_the_processor_multiplies_them(monkeypatch):
+    lm = model_of()
+    lm.model.bfloat16()
+    documents = [encode_document(lm.tokenizer, text) for text in TEXTS]
+    expected = document_nats(lm, documents)
+    monkeypatch.setattr('scilm_adapt.models.mixed_precision', lambda device: 'bf16')
+    monkeypatch.setattr('scilm_adapt.models._WORTH_ROUNDING', 0)
+    assert np.array_equal(document_nats(lm, documents), expected)
+
+
 def test_documents_with_nothing_to_predict_have_no_surprise():
     lm = model_of()
     nats = document_nats(lm, [[5], [5, 6, 7], [5, 6]], [[1], [0, 1, 1], [1, 0]])

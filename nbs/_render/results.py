@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from scilm_adapt import report
-from scilm_adapt.evaluate import VERDICTS, signed_interval
+from scilm_adapt.evaluate import VERDICTS
 from scilm_adapt.files import read_json, write_json, write_text
+from scilm_adapt.intervals import signed_interval
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT/'nbs'/'results'
