@@ -25,13 +25,12 @@ from .files import content_hash, hashed, read_json, write_json
 from .generate import REPETITION_PENALTY, after_title, answer_bits, chat_prompt, continuations, respond
 from .instruct import Chats
 from .intervals import Metric, Subject, signed_interval
-from .models import (LanguageModel, hidden_states, load, logits_of, parameter_count, shared_vocabulary, teacher_dtype,
-                                weights_hash)
+from .models import LanguageModel, load, parameter_count, shared_vocabulary, teacher_dtype, weights_hash
 from .papers import Corpus, document
 from .related import Library, brief, prepare
 from .runs import PALETTE, Run, divided, from_first, ranks, stage
 from .tokens import document_ends, encode, encode_chat, encode_document, pack
-from .training import document_nats, target_states, utf8_sizes
+from .training import document_nats, read_logits, utf8_sizes
 
 # %% ../nbs/50_evaluate.ipynb #fcbe47c1
 def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
@@ -129,8 +128,7 @@ def _nearness(subject: Subject) -> list[list[float]]:
 def _log_probabilities(lm: LanguageModel, batch: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
     "Log-probabilities [N, rows] of the first `rows` tokens where the batch's targets are predicted, in 32 bits on the processor."
     batch = {name: values.to(next(lm.model.parameters()).device) for name, values in batch.items()}
-    states, _ = target_states(hidden_states(lm.model, batch), batch)
-    return logits_of(lm.model, states)[:, :rows].float().log_softmax(-1).cpu()
+    return read_logits(lm.model, batch)[0][:, :rows].float().log_softmax(-1).cpu()
 
 
 def _near(column: int, subject: Subject) -> tuple[np.ndarray, np.ndarray]:

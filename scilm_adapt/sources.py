@@ -98,6 +98,14 @@ def _inside_folder(folder: str) -> Iterator[str]:
         elif os.path.isfile(path): yield path
 
 
+_EXPORTS = {suffix for form in exports.formats.values() for suffix in form.suffixes.split()}
+
+
+def _tells_of_papers(name: str) -> bool:
+    "Whether a file, by its name, holds what a reference manager or a data base says of papers, and not the papers."
+    return bool({*name.lower().rpartition('/')[2].split('.')[1:]} & _EXPORTS)
+
+
 def _is_hub_name(source: str) -> bool:
     "Whether a source that is not here can be the name of a data set on the Hub: 'name', 'owner/name', with ':configuration' or without."
     suffixes = source.lower().rpartition('/')[2].split('.')[1:]
@@ -107,7 +115,8 @@ def _is_hub_name(source: str) -> bool:
 def expand(sources: Iterable[str], known: Iterable[str] = ()) -> list[str]:
     """The single sources that `sources` name, each once: files, saved data sets, members ('archive.zip/member'), names on the Hub.
 
-    A folder stands for all files below it, a pattern (`papers/**/*.tex`) for what it matches; names in `known` are left as they are.
+    A folder stands for all files below it, a pattern (`papers/**/*.tex`) for what it matches, in both those last that hold abstracts
+    alone, such as .bib and .ris: of a paper that is there twice the first is kept. Names in `known` are left as they are.
     InputError for a file that is missing, and for a folder or pattern with nothing in it.
     """
     found, known = [], set(known)
@@ -123,9 +132,11 @@ def expand(sources: Iterable[str], known: Iterable[str] = ()) -> list[str]:
         elif _is_hub_name(source): names = [source]
         else: raise InputError(f'{source}: there is no such file; check the path.')
         if not names: raise InputError(f'{source}: there is nothing to read in it; check the path.')
+        single = []
         for name in names:
             inner = _members(name) if name not in known and os.path.isfile(name) else None
-            found += [name] if inner is None else [f'{name}/{member}' for member in inner]
+            single += [name] if inner is None else [f'{name}/{member}' for member in inner]
+        found += sorted(single, key=_tells_of_papers)
     return list(dict.fromkeys(found))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPERS', 'ON_POLICY', 'ROLLOUT', 'PROBE', 'target_states', 'exact', 'lm_loss', 'micro_batches', 'as_part', 'part_of',
            'schedule', 'is_shared_out', 'whole_model', 'adamw', 'muon', 'Trackers', 'trackers_of', 'fit',
-           'keep_history', 'document_nats', 'utf8_sizes']
+           'keep_history', 'read_logits', 'document_nats', 'utf8_sizes']
 
 # %% ../nbs/23_training.ipynb #46b4eb13
 import gc
@@ -367,24 +367,35 @@ def keep_history(folder: Path, history: list[dict]) -> None:
 
 # %% ../nbs/23_training.ipynb #30c09821
 @torch.inference_mode()
+def read_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V], in 32 bits or more, that predict the batch's targets, and these [N], by a model that is only read.
+
+    Where that is faster its layers multiply in 16 bits (see `models.reads_in_16_bits`); the last product does so on a GPU alone.
+    """
+    device, halved = next(model.parameters()).device.type, reads_in_16_bits(model)
+    with torch.autocast(device, torch.bfloat16, enabled=halved): states, targets = target_states(hidden_states(model, batch), batch)
+    if halved and device == 'cpu': halved, states = False, exact(states)
+    with torch.autocast(device, torch.bfloat16, enabled=halved): return exact(logits_of(model, states)), targets
+
+
+@torch.inference_mode()
 def document_nats(lm: LanguageModel, documents: list[list[int]], masks: list[list[int]] | None = None, rows: int | None = None,
                   context: int = 512, description: str = 'measuring') -> np.ndarray:
     """Negative log-likelihood (nats) of each document's marked tokens (all but the first, if None), summed: an array [len(documents)].
 
     Documents longer than `context` are read in windows; `rows` are computed at once (None: as many as keep the logits below half a GiB),
-    and several processes divide these batches. Where it is faster the layers multiply in 16 bits, see `models.reads_in_16_bits`.
+    and several processes divide these batches. For the precision see `read_logits`.
     """
     packed = pack(documents, context := min(context, lm.context), masks)
     rows = rows or min(16, max(1, 2**27//(context*len(lm.tokenizer))))
-    device, nats, halved = next(lm.model.parameters()).device, np.zeros(len(documents)), reads_in_16_bits(lm.model)
+    device, nats = next(lm.model.parameters()).device, np.zeros(len(documents))
+    filled = np.add.reduceat(packed.lengths, packed.rows[:-1])
+    order = np.argsort(-filled, kind='stable')  # rows of like length together, cut to what they hold
     def measured(at: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers = list(range(at, min(at + rows, len(packed))))
-        batch = {name: value.to(device) for name, value in packed.batch(numbers).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=halved):
-            states, targets = target_states(hidden_states(lm.model, batch), batch)
-        if halved and device.type == 'cpu': states = exact(states)
-        with torch.autocast(device.type, torch.bfloat16, enabled=halved and device.type == 'cuda'):  # a processor's logits keep 32 bits
-            losses = F.cross_entropy(exact(logits_of(lm.model, states)), targets, reduction='none').double().cpu().numpy()
+        numbers = order[at:at + rows].tolist()
+        width = filled[numbers[0]]
+        batch = {name: (value[:, :width] if value.dim() else value).to(device) for name, value in packed.batch(numbers).items()}
+        losses = F.cross_entropy(*read_logits(lm.model, batch), reduction='none').double().cpu().numpy()
         rows_of = packed.arrays(numbers)
         owners, places = np.unique(rows_of['documents'][:, 1:][rows_of['loss_mask'][:, 1:]], return_inverse=True)
         return owners, np.bincount(places, weights=losses)

@@ -341,7 +341,7 @@ def test_a_folder_of_everything_gives_each_paper_once_and_accounts_for_all(folde
     truths = {name: samples.make(name)[1] for name in samples.layouts}
     bib = [f'@article{{{name}, title = {{{truths[name].title}}}, doi = {{{truths[name].id.upper()}}}, abstract = {{{HEAT}}}}}'
            for name in ('journal', 'article_info')]
-    (mixed/'refs.bib').write_text('\n'.join(bib))
+    (mixed/'0 refs.bib').write_text('\n'.join(bib))  # the first by its name, and not to be kept
     (mixed/'some.jsonl').write_text('\n'.join(json.dumps(dict(id=f'x{n}', title=truth.title, abstract=truth.abstract))
                                               for n, truth in enumerate(truths.values())))
     assert cli.main(['papers', str(mixed), '-o', str(tmp_path/'out')]) == 0
@@ -353,6 +353,8 @@ def test_a_folder_of_everything_gives_each_paper_once_and_accounts_for_all(folde
     assert {Path(entry['file']).stem: entry['line'] for entry in quarantine} == {f'no-{name}': 1 for name in NO_PAPER}
     removed = Counter(json.loads(line)['reason'].partition(' of')[0] for line in (tmp_path/'out'/'removed.jsonl').read_text().splitlines())
     assert removed['same id'] == 2
+    dropped = [json.loads(line)['file'] for line in (tmp_path/'out'/'removed.jsonl').read_text().splitlines()]
+    assert sum(name.endswith('.bib') for name in dropped) == 2, 'of an abstract and a text with one DOI the text is kept'
     assert not list(tmp_path.glob('.out*')), 'nothing is left beside it'
 
 

@@ -502,6 +502,21 @@ def test_files_folders_and_patterns_become_single_sources(tree, given, wanted):
     assert expand(given, ['installed-docs']) == wanted
 
 
+@pytest.mark.parametrize('suffix', ['bib', 'ris', 'nbib', 'enw', 'bib.gz', 'RIS'])
+@pytest.mark.parametrize('given', ['{}', '{}/*', '{}/all.zip'])
+def test_what_holds_abstracts_alone_comes_after_the_papers(tmp_path, suffix, given):
+    names = [f'a.{suffix}', 'b.pdf', 'c.jsonl', 'd.bibliography.txt']
+    if given.endswith('zip'):
+        with zipfile.ZipFile(tmp_path/'all.zip', 'w') as archive:
+            for name in names: archive.writestr(name, 'x')
+    else:
+        for name in names: (tmp_path/name).write_text('x')
+    found = [os.path.basename(name) for name in expand([given.format(tmp_path)])]
+    assert found == [*names[1:], names[0]]
+    if not given.endswith('zip'):
+        assert [os.path.basename(one) for one in expand([tmp_path/name for name in names])] == names, 'an order that was given stays'
+
+
 def test_a_home_folder_is_found(tree, monkeypatch):
     monkeypatch.setenv('HOME', str(tree))
     assert expand(['~/papers/a.csv']) == [f'{tree}/papers/a.csv'] and next(rows('~/papers/b.jsonl')).fields == dict(id=1)
