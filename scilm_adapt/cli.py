@@ -332,6 +332,23 @@ def _verify(arguments: list[str]) -> int:
     print(f'{len(rows)} stages, {len(checkpoints)} checkpoints: ' + (f'{len(wrong)} damaged' if wrong else 'all as they were written'))
     return int(bool(wrong))
 
+# %% ../nbs/55_cli.ipynb #ben55002
+def _bench(arguments: list[str]) -> int:
+    "time the parts beside those of other programs, in a checkout"
+    parser = ArgumentParser(prog='scilm bench', description='Run the notebook benchmark.ipynb of a checkout: an hour on a machine that '
+                            'does nothing else. What was held against a goal is printed, and kept in nbs/results/bench-cpu.json.')
+    parser.add_argument('--rounds', metavar='N', type=int, default=7, help='rounds that count of each contest (default: %(default)s)')
+    parser.add_argument('--small', action='store_true', help='with models of a few thousand weights, which shows that it runs')
+    parser.add_argument('-o', '--out', metavar='DIR', default='outputs/bench', help='the folder of the notebook (default: %(default)s)')
+    options = parser.parse_args(arguments)
+    if options.rounds < 1: raise InputError('--rounds must be at least 1.')
+    notebook = shipped_notebook().with_name('benchmark.ipynb')
+    if not notebook.is_file():
+        raise InputError('The benchmark and its contestants do not come with an installed package; run it in a clone of the repository.')
+    published = run_notebook(notebook, dict(rounds=options.rounds, small=options.small), options.out)
+    print(f'The notebook with all tables: {published}')
+    return 0
+
 # %% ../nbs/55_cli.ipynb #pub55002
 def _export_gguf(arguments: list[str]) -> int:
     "write a model as one GGUF file, for llama.cpp, Ollama and LM Studio"
@@ -363,7 +380,7 @@ def _push(arguments: list[str]) -> int:
 
 # %% ../nbs/55_cli.ipynb #a025f731
 commands = dict(papers=papers, instruct=_instruct, run=_run, status=_status, verify=_verify, chat=_chat, push=_push,
-                **{'export-gguf': _export_gguf})
+                **{'export-gguf': _export_gguf}, bench=_bench)
 
 
 def main(arguments: list[str] | None = None) -> int:

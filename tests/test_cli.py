@@ -526,3 +526,23 @@ def test_options_of_a_teachers_template_reach_it(tmp_path, capsys):
     command = ['instruct', str(tmp_path/'papers'), '-o', str(tmp_path/'chats'), '--teacher', 'zoo:teacher', '--template-options']
     assert cli.main([*command, 'enable_thinking=false']) == 2
     assert 'No chat template reads the option enable_thinking' in capsys.readouterr().err and not (tmp_path/'chats').exists()
+
+
+# --- the benchmark -----------------------------------------------------------------------------------------------------------------
+
+def test_the_benchmark_is_the_page_with_its_rounds(notebook, monkeypatch, capsys):
+    small = notebook("print('rounds are', rounds, small)", DONE)
+    page = small.rename(small.with_name('benchmark.ipynb'))
+    page.write_text(page.read_text().replace('steps: int = 3 ', 'rounds: int = 0\\nsmall: bool = False '))
+    monkeypatch.chdir(page.parent)
+    monkeypatch.setattr(cli, 'shipped_notebook', lambda: page.with_name('run.ipynb'))
+    assert cli.main(['bench', '--rounds', '3', '--small']) == 0
+    out = capsys.readouterr().out
+    assert 'rounds are 3 True' in out and 'outputs/bench/run.ipynb' in out
+    assert visible(page.parent/'outputs'/'bench') == ['run.ipynb']
+
+
+def test_a_benchmark_that_cannot_run_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'shipped_notebook', lambda: tmp_path/'run.ipynb')
+    assert cli.main(['bench']) == 2 and 'run it in a clone of the repository' in capsys.readouterr().err
+    assert cli.main(['bench', '--rounds', '0']) == 2 and '--rounds must be at least 1' in capsys.readouterr().err
