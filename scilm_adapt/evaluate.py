@@ -25,12 +25,13 @@ from .files import content_hash, hashed, read_json, write_json
 from .generate import REPETITION_PENALTY, after_title, answer_bits, chat_prompt, continuations, respond
 from .instruct import Chats
 from .intervals import Metric, Subject, signed_interval
-from .models import LanguageModel, load, parameter_count, shared_vocabulary, teacher_dtype, weights_hash
+from .models import (LanguageModel, hidden_states, load, logits_of, parameter_count, shared_vocabulary, teacher_dtype,
+                                weights_hash)
 from .papers import Corpus, document
 from .related import Library, brief, prepare
 from .runs import PALETTE, Run, divided, from_first, ranks, stage
 from .tokens import document_ends, encode, encode_chat, encode_document, pack
-from .training import document_nats, read_logits, utf8_sizes
+from .training import document_nats, target_states, utf8_sizes
 
 # %% ../nbs/50_evaluate.ipynb #fcbe47c1
 def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
@@ -126,9 +127,13 @@ def _nearness(subject: Subject) -> list[list[float]]:
 
 
 def _log_probabilities(lm: LanguageModel, batch: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
-    "Log-probabilities [N, rows] of the first `rows` tokens where the batch's targets are predicted, in 32 bits on the processor."
+    """Log-probabilities [N, rows] of the first `rows` tokens where the batch's targets are predicted, in 32 bits on the processor.
+
+    All of it is: with layers in 16 bits (`read_logits`) a divergence of 1.06 nats came out smaller by 0.003.
+    """
     batch = {name: values.to(next(lm.model.parameters()).device) for name, values in batch.items()}
-    return read_logits(lm.model, batch)[0][:, :rows].float().log_softmax(-1).cpu()
+    states, _ = target_states(hidden_states(lm.model, batch), batch)
+    return logits_of(lm.model, states)[:, :rows].float().log_softmax(-1).cpu()
 
 
 def _near(column: int, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
