@@ -304,7 +304,7 @@ def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     "Its cells on reading and distillation, with `ask` calling the functions here: processes of their own would take minutes."
     sources = notebook_code()
     begin = next(n for n, source in enumerate(sources) if source.startswith('scripts = '))
-    scope = dict(rounds=1, small=True, work=tmp_path)
+    scope = dict(rounds=1, small=True, growth=False, work=tmp_path)
     imports = next(source for source in sources if source.startswith('import gzip'))
     exec(imports, scope)
     scope['mixed_precision'] = lambda device: 'bf16'                    # on every machine also what only some of them measure
