@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['estimates', 'ratio_interval', 'difference_interval', 'rate_interval', 'rate_difference_interval', 'seeds_interval',
-           'seeds_p_value', 'holm', 'documents_needed', 'claim', 'judged', 'signed', 'signed_interval', 'told',
-           'Subject', 'Metric']
+           'seeds_p_value', 'holm', 'documents_needed', 'claim', 'cost_of', 'judged', 'signed', 'signed_interval',
+           'told_cost', 'told', 'Subject', 'Metric']
 
 # %% ../nbs/03_intervals.ipynb #68cc933a
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -125,11 +125,22 @@ def claim(mine: np.ndarray, controls: dict[str, np.ndarray], denominator: np.nda
     return dict(differences=found, p_value=max(risks), needed=None if None in needed else max(needed))
 
 
-def judged(claims: dict[str, dict], too_dear: Collection[str] = ()) -> dict[str, dict]:
-    "Claims with their p-values corrected together, 'holm', and a 'verdict' below 0.05; `too_dear` names those that cost too much."
-    def verdict(name: str, risk: float) -> str:
-        return 'not shown' if risk >= 0.05 else 'shown, but it costs too much' if name in too_dear else 'shown'
-    return {name: claims[name] | dict(holm=risk, verdict=verdict(name, risk))
+def cost_of(mine: np.ndarray, theirs: np.ndarray, denominator: np.ndarray) -> dict[str, float]:
+    "How much more than theirs a ratio is, as a share of theirs, with its interval over seeds and documents; shapes as in `claim`."
+    mine, theirs = np.asarray(mine, float), np.asarray(theirs, float)
+    return seeds_interval((mine - theirs)*np.sum(denominator)/theirs.sum(1).mean(), denominator)
+
+
+def judged(claims: dict[str, dict], costs: dict[str, dict] | None = None, allowed: float = 0.003) -> dict[str, dict]:
+    """Claims with their p-values corrected together, 'holm', and a 'verdict' below 0.05.
+
+    One of which there are `costs` (intervals of `cost_of`) has them, too, and costs too much where their upper end is above `allowed`.
+    """
+    def verdict(name: str, risk: float) -> dict:
+        cost = {'cost': costs[name]} if name in (costs or {}) else {}
+        dear = any(not one['high'] <= allowed for one in cost.values())
+        return dict(holm=risk, verdict='not shown' if risk >= 0.05 else 'shown, but it costs too much' if dear else 'shown') | cost
+    return {name: claims[name] | verdict(name, risk)
             for name, risk in holm({name: about['p_value'] for name, about in claims.items()}).items()}
 
 # %% ../nbs/03_intervals.ipynb #int00006
@@ -143,6 +154,11 @@ def signed_interval(difference: dict) -> str:
     "A difference and its interval, such as '−0.300 [−0.310, −0.280]'."
     low, value, high = (signed(difference[key]) for key in ('low', 'value', 'high'))
     return f'{value} [{low}, {high}]'
+
+
+def told_cost(cost: dict) -> str:
+    "What `cost_of` found, in per cent, such as '+0.40 %, up to +0.82 %'."
+    return f"{signed(100*cost['value'], 2)} %, up to {signed(100*cost['high'], 2)} %"
 
 
 def told(name: str, about: dict, unit: str = '', documents: str = 'papers') -> str:

@@ -45,6 +45,7 @@ from scilm_adapt.errors import InputError, Stopped, on_signals
 from scilm_adapt.files import Damaged, read_json, verified, write_json
 from scilm_adapt.models import LanguageModel
 from scilm_adapt.papers import prepare
+from scilm_adapt.processes import run_script
 from scilm_adapt.rollouts import OnPolicy
 from scilm_adapt.runs import Run, stage, survey
 
@@ -502,14 +503,8 @@ def timed(seconds: Counter):
 def toy_run(folder: Path, changes: dict) -> None:
     "Execute run.ipynb in this process, with the parameters of the toy preset and these changes of them."
     nbs = RESULTS.parents[1]
-    parameters = yaml.safe_load((nbs/'presets'/'toy.yaml').read_text(encoding='utf-8')) | dict(out_dir=str(folder)) | changes
-    namespace = dict(__name__='toys')
-    for cell in read_json(nbs/'run.ipynb')['cells']:
-        source = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or '%pip' in source: continue
-        exec(source, namespace)
-        if 'parameters' in cell['metadata'].get('tags', []):  # then as papermill does
-            for name, value in parameters.items(): exec(f'{name} = {value!r}', namespace)
+    toy = yaml.safe_load((nbs/'presets'/'toy.yaml').read_text(encoding='utf-8'))
+    run_script(nbs/'run.ipynb', toy | dict(out_dir=str(folder)) | changes)
 
 
 def cost(world: World, count: int) -> dict:

@@ -10,6 +10,7 @@ from scilm_adapt.intervals import (
     _resampled_ratios,
     _verdict,
     claim,
+    cost_of,
     difference_interval,
     documents_needed,
     holm,
@@ -21,6 +22,7 @@ from scilm_adapt.intervals import (
     seeds_p_value,
     signed,
     told,
+    told_cost,
 )
 
 
@@ -230,11 +232,26 @@ def test_a_claim_has_to_beat_every_control_and_its_p_value_is_the_largest():
 
 def test_claims_are_judged_together_and_by_their_price():
     claims = {name: dict(differences={}, p_value=risk, needed=9) for name, risk in dict(a=0.001, b=0.02, c=0.03, d=0.9).items()}
-    found = judged(claims, too_dear=['a', 'd'])
+    dear, cheap = (dict(value=high/2, low=0.0, high=high) for high in (0.0031, 0.003))
+    found = judged(claims, dict(a=dear, b=cheap, d=dear))
     assert {name: about['holm'] for name, about in found.items()} == holm({name: about['p_value'] for name, about in claims.items()})
     assert [about['verdict'] for about in found.values()] == ['shown, but it costs too much', 'not shown', 'not shown', 'not shown']
-    assert judged({'b': claims['b']})['b']['verdict'] == 'shown', 'alone it would have been'
+    assert {name: about.get('cost') for name, about in found.items()} == dict(a=dear, b=cheap, c=None, d=dear)
+    for costs in (None, dict(b=cheap)):
+        assert judged({'b': claims['b']}, costs)['b']['verdict'] == 'shown', 'alone it would have been'
+    assert judged({'b': claims['b']}, dict(b=cheap), allowed=0.002)['b']['verdict'] == 'shown, but it costs too much'
+    assert judged({'b': claims['b']}, dict(b=dict(high=float('nan'))))['b']['verdict'] == 'shown, but it costs too much'
     assert 'holm' not in claims['a'] and judged({}) == {}
+
+
+def test_a_cost_is_a_share_of_what_it_is_held_against():
+    of, sizes = arms(mine=-0.02, reading=0.0)
+    found, level = cost_of(of['mine'], of['reading'], sizes), np.mean([row.sum()/sizes.sum() for row in of['reading']])
+    absolute = seeds_interval(of['mine'] - of['reading'], sizes)
+    assert found == pytest.approx({key: value/level for key, value in absolute.items()})
+    assert found['value'] == pytest.approx(0.02/level, rel=0.15)
+    assert told_cost(dict(value=0.00396, high=0.00823)) == '+0.40 %, up to +0.82 %'
+    assert told_cost(dict(value=-0.001, high=0.0)) == '−0.10 %, up to 0.00 %'
 
 
 @pytest.mark.parametrize('about, words', [

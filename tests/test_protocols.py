@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from scilm_adapt import runs
+from scilm_adapt.processes import script_of
+from scilm_adapt.running import read_parameters
 
 ROOT = Path(__file__).parents[1]
 NOUNS = 'heat light sound gravity friction pressure salt iron water glass copper helium'.split()
@@ -32,14 +34,12 @@ def texts(tmp_path_factory) -> dict[str, str]:
 
 
 def executed(name: str, changes: dict, inside: dict) -> dict:
-    "The names that a notebook's code cells leave behind, executed in this process with these parameters, as papermill gives them."
+    "The names that a notebook's code cells leave behind, executed in this process with these parameters, and with those set `inside`."
     matplotlib.use('agg')
-    scope = dict(__name__='page')
-    for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']:
-        source = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or '%pip' in source: continue
-        exec(compile(source, f'{name}.ipynb, {cell["id"]}', 'exec'), scope)
-        if 'parameters' in cell['metadata'].get('tags', []): scope |= {dial: changes[dial] for dial in scope.keys() & changes.keys()}
+    page, scope = ROOT/'nbs'/f'{name}.ipynb', dict(__name__='page')
+    parameters = {dial: changes[dial] for dial in read_parameters(page).keys() & changes.keys()}
+    for place, source in script_of(page, parameters):
+        exec(compile(source, f'{page.name} {place}', 'exec'), scope)
         scope |= {dial: inside[dial] for dial in scope.keys() & inside.keys()}
     return scope
 
