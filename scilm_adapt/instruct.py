@@ -868,7 +868,7 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
     say('instruct: conversations about anything, by the teacher alone')
     config = dict(teacher=_writing(teacher).key, tokenizer=tokenizer_hash(tokenizer), wanted=wanted, context=context, thoughts=thoughts,
                   evaluation=source_hash(evaluation) if evaluation else '')
-    folder = stage(run, 'general-chats', config, make, resumable=True, together=True)
+    folder = stage(run, 'general-chats', config, make, resumable=True, together=True, inherited=['answers.jsonl'])
     _show_chats(read_json(folder/'report.json'))
     return folder
 
@@ -949,7 +949,7 @@ def prepare(run: Run, corpus: Corpus, teacher: LanguageModel | Endpoint, *, conv
     spoken = _general_stages(run, general_share, len(given['train']) if chats else conversations, teacher, tokenizer, context=context,
                              seed=seed, thoughts=thoughts, evaluation=evaluation)
     extra = open_chats(spoken[0]) if spoken else {}
-    folder = stage(run, 'chats', config, make, [corpus.folder, *spoken], resumable=True, together=True)
+    folder = stage(run, 'chats', config, make, [corpus.folder, *spoken], resumable=True, together=True, inherited=['answers.jsonl'])
     _show_chats(read_json(folder/'report.json'))
     train, valid, test = (part.to_list() for part in open_chats(folder).values())
     return Chats(train + (extra['train'].to_list() if extra else []), valid, test, folder, extra['test'].to_list() if extra else [])

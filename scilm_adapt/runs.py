@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -213,11 +213,14 @@ def _everything(folder: Path) -> dict[str, Path]:
 UNFINISHED, _DAMAGED = '.unfinished', '.damaged'  # folders of a run: for what a stage wants to keep, and for what was not as we left it
 
 
-def _scratch_folder(run: Run, name: str, key: str) -> Path:
-    "The folder for what an unfinished stage wants to keep; those of the same stage with other keys are removed."
-    mine = lasting(run.folder/UNFINISHED/f'{name}-{key[:12]}', name)
-    for other in mine.parent.iterdir():
-        if other != mine and re.fullmatch(f'{re.escape(Path(name).name)}-[0-9a-f]{{12}}', other.name): drop(other)
+def _scratch_folder(run: Run, name: str, key: str, inherited: Collection[str]) -> Path:
+    "The folder for what an unfinished stage wants to keep; of those with other keys only what is `inherited` is left."
+    mine, form = lasting(run.folder/UNFINISHED/f'{name}-{key[:12]}', name), f'{re.escape(Path(name).name)}-[0-9a-f]{{12}}'
+    others = [other for other in mine.parent.iterdir() if other != mine and re.fullmatch(form, other.name)]
+    for other in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
+        for file in inherited:
+            if (other/file).is_file() and not (mine/file).exists(): (other/file).replace(mine/file)
+        drop(other)
     return mine
 
 
@@ -266,12 +269,13 @@ def _found(final: Path, key: str) -> dict:
 
 
 def stage(run: Run, name: str, config: dict, build: Callable[..., None], parents: Iterable[Path] = (), resumable: bool = False,
-          together: bool = False) -> Path:
+          together: bool = False, inherited: Collection[str] = ()) -> Path:
     """Folder `run.folder/name` made by `build(folder)`, or found complete from an earlier call with the same key.
 
     `config` is everything the result depends on besides `parents`, the folders of earlier stages. With `resumable` it is
-    `build(folder, scratch)`: what is in the folder `scratch` survives a crash until the stage is complete. Of several processes
-    the first builds and the others wait, or they all do, `together`, and the first one's folder is kept. InputError when a parent
+    `build(folder, scratch)`: what is in the folder `scratch` survives a crash until the stage is complete, and its files that are
+    `inherited` are found there by a call with another key, too. Of several processes the first builds and the others wait, or they
+    all do, `together`, and the first one's folder is kept. InputError when a parent
     is not complete, another process builds in this run folder, the disk is full, or processes would make different things.
     """
     final = run.folder/name
@@ -282,18 +286,20 @@ def stage(run: Run, name: str, config: dict, build: Callable[..., None], parents
                          f"version of scilm_adapt.")
     with told_when_full(name, final, 'What was finished before is untouched.'):
         if not from_first(lambda: _kept(run, name, key) or _claimed(run, name, key)):
-            make = partial(_make, run, name, key, config, build, above, resumable)
+            opened = partial(_scratch_folder, run, name, key, inherited) if resumable else None
+            make = partial(_make, run, name, key, config, build, above, opened)
             make() if together else from_first(make)
     run.seconds[name] = _found(final, key)['seconds']
     return final
 
 
-def _make(run: Run, name: str, key: str, config: dict, build: Callable[..., None], parents: dict[str, str], resumable: bool) -> None:
+def _make(run: Run, name: str, key: str, config: dict, build: Callable[..., None], parents: dict[str, str],
+          open_scratch: Callable[[], Path] | None) -> None:
     "Build a stage, write its manifest and publish it; a process that is not the first of several fills a folder for nothing."
     final, start, first = run.folder/name, time.perf_counter(), ranks()[0] == 0
     place = staged_folder(final, ledger(run.folder, name), run.folder/_DAMAGED) if first else tempfile.TemporaryDirectory()
     with place as folder:
-        scratch = [from_first(partial(_scratch_folder, run, name, key))] if resumable else []
+        scratch = [from_first(open_scratch)] if open_scratch else []
         with told_when_full(name, folder := Path(folder), 'What was finished before is untouched.'):
             build(folder, *scratch)
             if first: _seal(run, name, folder, dict(key=key, name=name, config=config, parents=parents), time.perf_counter() - start)

@@ -767,6 +767,29 @@ def test_a_run_mixes_them_in_and_holds_others_out(curious, corpus, tmp_path, cap
     assert 'general-chats: already done' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('asked, changes', [
+    (dict(general_share=0.5, teacher_answers=0), dict(general_share=0.6)),
+    (dict(general_share=0.5, teacher_answers=0), dict(evaluation='exam.txt')),
+    (dict(teacher_answers=12), dict(conversations=16)),
+    (dict(teacher_answers=12), dict(held_out=5))])
+def test_what_a_teacher_said_before_a_kill_is_not_asked_again_though_settings_are_others(tmp_path, curious, corpus, monkeypatch, asked,
+                                                                                        changes):
+    monkeypatch.setattr(instruct, '_HELD_OUT', 4)
+    monkeypatch.setattr(instruct, '_CHUNK', 2)
+    monkeypatch.chdir(tmp_path)
+    Path('exam.txt').write_text('What is an examination?')
+    settings = dict(conversations=12, held_out=4, context=128) | asked
+    def said() -> dict: return {row['key']: row for file in tmp_path.rglob('answers.jsonl') for row in finished(file).values()}
+    killed_in_the_middle(lambda: prepare(Run(tmp_path/'run'), corpus, curious, **settings), lambda: len(said()) > 4)
+    kept, respond, drawn = said(), instruct.respond, []
+    monkeypatch.setattr(instruct, 'respond', lambda *a, **k: drawn.append(respond(*a, **k)) or drawn[-1])
+    first = prepare(Run(tmp_path/'run'), corpus, curious, **settings | changes)
+    within = 1  # of a part of two in which it was killed, what is drawn is drawn anew
+    assert kept.items() <= said().items() and sum(map(len, drawn)) <= len(said()) - len(kept) + within
+    drawn.clear()
+    assert prepare(Run(tmp_path/'other'), corpus, curious, **settings | changes) == replace(first, folder=tmp_path/'other'/'chats')
+
+
 @pytest.mark.parametrize(('text', 'said'), [
     ('Heat flows. Light is a wave. And it', 'Heat flows. Light is a wave.'),
     ('Тепло течёт. Свет есть волна. И он', 'Тепло течёт. Свет есть волна.'),

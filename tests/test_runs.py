@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,24 @@ def test_another_key_begins_anew_and_removes_the_scratch_of_before(tmp_path):
     assert calls == [0, 1]*3 and len(list((tmp_path/'.unfinished').iterdir())) == 2  # one of each stage
     stage(run, 'deep', dict(v=1), counter(calls), resumable=True)
     assert calls == [0, 1]*3 + [0, 1, 2, 3, 4] and [p.name[:10] for p in (tmp_path/'.unfinished').iterdir()] == ['deep-blue-']
+
+
+@pytest.mark.parametrize('name', ['deep', 'models/deep'])
+def test_what_is_right_for_any_key_goes_on_into_the_next_try(tmp_path, name):
+    def build(folder: Path, scratch: Path, word: str = '', dies: bool = True) -> None:
+        seen.append((scratch/'said').read_text() if (scratch/'said').exists() else '')
+        assert not (scratch/'step').exists(), 'what belongs to another key is gone'
+        for file in ('said', 'step') if word else ():
+            with open(scratch/file, 'a') as out: out.write(word)
+        if dies: raise RuntimeError('dies')
+        write_text(folder/'result', 'made')
+    run, seen = Run(tmp_path), []
+    def tried(v: int, **how) -> None: stage(run, name, dict(v=v), partial(build, **how), resumable=True, inherited=['said'])
+    for v, word in enumerate(('one ', 'two ', '', 'three ')):
+        with pytest.raises(RuntimeError): tried(v, word=word)
+    tried(9, dies=False)
+    assert seen == ['', 'one ', 'one two ', 'one two ', 'one two three ']
+    assert names(tmp_path/name) == ['manifest.json', 'result'] and not (tmp_path/'.unfinished').exists()
 
 
 def in_another(folder: Path, settings: dict | None = None, then: str = '') -> subprocess.Popen:
