@@ -44,7 +44,7 @@ from .training import document_nats, exact, lm_loss, target_states
 class Recipe(recipes.Recipe):
     "What stage 1 does in how many steps on what, and how much each part of the loss weighs."
     steps: int = 30                    # optimiser steps
-    learning_rate: float = 0.0005      # its peak; about 2e-5 for models of a billion weights and more
+    learning_rate: float = 0.0002      # its peak; about 2e-5 for models of a billion weights and more
     pairs_weight: float = 0.0          # of telling apart which texts belong together, beside reading; 0.1 makes a finder (0 = none of it)
     token_weight: float | None = 0.0   # of pushing the tokens of a text apart (none = 1 or 0, by what a probe of the student finds)
     preference_weight: float = 0.0     # of telling how papers go on from how they do not
