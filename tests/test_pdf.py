@@ -204,7 +204,7 @@ def heavy(seconds: int = 60) -> bytes:
 
 
 def test_a_file_over_its_time_is_given_up_and_the_others_go_on(tmp_path):
-    slow, good = save(tmp_path/'a.pdf', heavy(20)), save(tmp_path/'b.pdf', TEXT)
+    slow, good = save(tmp_path/'a.pdf', heavy()), save(tmp_path/'b.pdf', TEXT)
     with Readers(limits=Limits(seconds=1.5)) as readers:
         readers.begin(slow), readers.begin(good)
         start = time.monotonic()
@@ -249,7 +249,7 @@ def crash(readers: Readers, times: int) -> threading.Thread:
 
 def test_a_crash_costs_a_page_and_never_the_run(tmp_path):
     good = save(tmp_path/'b.pdf', TEXT)
-    long = save(tmp_path/'a.pdf', changed(heavy(8), lambda document_: document_.pages.extend(pikepdf.open(good).pages)))
+    long = save(tmp_path/'a.pdf', changed(heavy(), lambda document_: document_.pages.extend(pikepdf.open(good).pages)))
     with Readers() as readers:
         thread = crash(readers, 1)
         found = ask(readers, long)
