@@ -137,9 +137,9 @@ def judged(claims: dict[str, dict], costs: dict[str, dict] | None = None, allowe
     One of which there are `costs` (intervals of `cost_of`) has them, too, and costs too much where their upper end is above `allowed`.
     """
     def verdict(name: str, risk: float) -> dict:
-        cost = {'cost': costs[name]} if name in (costs or {}) else {}
-        dear = any(not one['high'] <= allowed for one in cost.values())
-        return dict(holm=risk, verdict='not shown' if risk >= 0.05 else 'shown, but it costs too much' if dear else 'shown') | cost
+        cost = (costs or {}).get(name)
+        words = 'not shown' if risk >= 0.05 else 'shown' if cost is None or cost['high'] <= allowed else 'shown, but it costs too much'
+        return dict(holm=risk, verdict=words) | ({} if cost is None else dict(cost=cost))
     return {name: claims[name] | verdict(name, risk)
             for name, risk in holm({name: about['p_value'] for name, about in claims.items()}).items()}
 
