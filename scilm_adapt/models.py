@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from torch import distributed
 from torch.nn import functional as F
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import cached_file
+from transformers.utils import logging as library_logging
 
 from .deltas import base_of, read_deltas, write_deltas
 from .errors import InputError
@@ -358,11 +360,22 @@ zoo = {'smollm2': smollm2, 'smollm2-80m': lambda: ZOO/'smollm2-80m',  # built-in
        'zoo:student': lambda: ZOO/'student', 'zoo:teacher': lambda: ZOO/'teacher'}
 
 
+@contextmanager
+def _without_bars(where: str | Path) -> Iterator[None]:
+    "The library's bars are left out for a folder on this machine, which takes a second; those of a download stay."
+    shown = Path(where).is_dir() and library_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    if shown: library_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: library_logging.enable_progress_bar()
+
+
 def _open(where: str | Path, dtype: torch.dtype, **rounded: object) -> tuple[PreTrainedModel, object, dict]:
     "Model, tokenizer, and what is said of the loading, from a folder or the Hub: never code that comes with them, never pickles."
-    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                        output_loading_info=True, **rounded)
+    with _without_bars(where):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                                                            output_loading_info=True, **rounded)
     return model, tokenizer, found
 
 
@@ -454,7 +467,8 @@ def save(lm: LanguageModel, folder: str | Path, dtype: torch.dtype | None = None
     weights = {name: tensor.detach() for name, tensor in lm.model.state_dict().items()}
     copies = {tensor.data_ptr(): tensor.to('cpu', dtype or tensor.dtype) for tensor in weights.values()}  # tied weights stay one
     state = {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
-    lm.model.save_pretrained(folder, state_dict=state)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with _without_bars(folder): lm.model.save_pretrained(folder, state_dict=state)
     if dtype:
         config = AutoConfig.from_pretrained(folder)
         config.dtype = dtype

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as library_logging
 
 from scilm_adapt.divergence import head_of
 from scilm_adapt.errors import InputError
@@ -516,3 +518,16 @@ def test_the_extra_that_rounding_takes_is_named(monkeypatch):
 
 def test_the_address_of_a_server_is_no_model():
     with pytest.raises(InputError, match='is the address of a server.*scilm instruct'): load('http://127.0.0.1:8000/v1#name')
+
+
+@pytest.mark.parametrize('shown', [True, False])
+def test_the_library_draws_no_bars_for_folders_on_this_machine_and_is_left_as_it_was(shown, tmp_path, capfd):
+    lm = build(load('zoo:student', 'cpu').tokenizer, layers=1)
+    before = library_logging.is_progress_bar_enabled()
+    (library_logging.enable_progress_bar if shown else library_logging.disable_progress_bar)()
+    try:
+        capfd.readouterr()
+        load(save(lm, tmp_path/'model'), 'cpu')
+        assert capfd.readouterr().err == ''
+        assert library_logging.is_progress_bar_enabled() == shown == (not are_progress_bars_disabled())
+    finally: (library_logging.enable_progress_bar if before else library_logging.disable_progress_bar)()
