@@ -6,8 +6,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from IPython.display import display
 
 from scilm_adapt import runs
+from scilm_adapt.papers import read
 from scilm_adapt.processes import script_of
 from scilm_adapt.running import read_parameters
 
@@ -36,7 +38,7 @@ def texts(tmp_path_factory) -> dict[str, str]:
 def executed(name: str, changes: dict, inside: dict) -> dict:
     "The names that a notebook's code cells leave behind, executed in this process with these parameters, and with those set `inside`."
     matplotlib.use('agg')
-    page, scope = ROOT/'nbs'/f'{name}.ipynb', dict(__name__='page')
+    page, scope = ROOT/'nbs'/f'{name}.ipynb', dict(__name__='page', display=display)
     parameters = {dial: changes[dial] for dial in read_parameters(page).keys() & changes.keys()}
     for place, source in script_of(page, parameters):
         exec(compile(source, f'{page.name} {place}', 'exec'), scope)
@@ -56,6 +58,39 @@ def test_a_protocol_runs_and_its_verdicts_follow_from_its_numbers(tmp_path, text
             beaten = all(interval['high'] < 0 for interval in about['differences'].values())
             assert beaten or about['verdict'] == 'not shown'
             assert about['p_value'] <= about['holm'] and (about['holm'] < 0.05) == (about['verdict'] != 'not shown')
+
+
+ARMS = dict(student='zoo:student', teacher='zoo:teacher', seeds=2, keeping_seeds=1, context=128, batch_size=2, contrast_steps=2,
+            distil_steps=2, conversations=40, teacher_answers=4, taught=24, documents=6, questions=4, continued=3, other_steps=2,
+            other_vocabulary=400)
+
+
+def test_the_comparison_of_methods_runs_and_holds_each_against_its_control(tmp_path, texts, capsys):
+    out, known = tmp_path/'out', tmp_path/'known.jsonl'  # the toy teacher has answers about the texts it knows only
+    known.write_text('\n'.join(json.dumps(record) for record in read('installed-docs')[:400]))
+    scope = executed('compare', ARMS | texts | dict(out_dir=str(out), papers=str(known)), {})
+    assert 'scilm: run complete' in capsys.readouterr().out
+    compared, keeping = (json.loads((out/f'{name}.json').read_text(encoding='utf-8')) for name in ('compared', 'keeping'))
+    assert compared['tables'].keys() == {'stage_1', 'continuations', 'methods', 'other_tokenizer'}
+    assert {'plain', 'answers only', 'chat vector', 'without stage 1'} <= compared['tables']['methods'].keys()
+    assert keeping['at'].keys() == keeping['table'].keys() >= {'base', 'reading', 'replay 25 %', 'anchor 1', 'LoRA', 'interpolated 0.5'}
+    ends = [keeping['at'][name]['science'] for name in ('base', 'interpolated 0.5', 'reading')]
+    assert min(ends[0], ends[2]) <= ends[1] + 1e-3 and (out/'keeping.png').exists() and (out/'compared.png').exists()
+    assert scope['aligned'].name == 'zoo:teacher'
+
+
+def test_a_model_and_itself_is_one_model_in_every_number(tmp_path, texts, capsys):
+    small = dict(model='zoo:teacher', context=128, steps=2, distil_steps=2, conversations=30, general_share=0.2, documents=6, questions=4)
+    scope = executed('itself', small | texts | dict(out_dir=str(tmp_path/'out')), {})
+    found = scope['result']['models']
+    assert found['base'] == found['teacher'] and found['control']['science_bpb'] != found['contrast']['science_bpb']
+    assert {one['against'] for one in scope['against']['differences']} >= {'control'} and 'repetition penalty' in capsys.readouterr().out
+
+
+def test_the_page_of_real_papers_counts_every_one(tmp_path, texts):
+    scope = executed('corpus', dict(papers=texts['papers'], sample=40, out_dir=str(tmp_path/'out')), {})
+    assert scope['report']['total']['read'] == 260 == sum(scope['report']['splits'].values())
+    assert len(scope['chats']) == sum(scope['made']['kinds']['train'].values()) and scope['repeats'].empty
 
 
 def test_the_page_of_times_adds_up(tmp_path):
