@@ -19,7 +19,7 @@ from pathlib import Path
 
 import scilm_adapt
 from .errors import InputError, nearest
-from .files import check_apart
+from .files import check_apart, read_json
 from .processes import check_share, launch, launched, run_together
 from scilm_adapt.running import (
     RunFailed,
@@ -245,7 +245,7 @@ def _chat(arguments: list[str]) -> int:
     parser.add_argument('--papers', metavar='CORPUS', help='the folder of a run, or papers of any usual form, some of which are put before '
                         'each question; the answer names those it leaned on')
     parser.add_argument('--find', metavar='WAY', default='tfidf', help='how they are found: tfidf, by words; finder, by what helped this '
-                        'model to write, or fused, by both (of a run for which finder.prepare made one) (default: %(default)s)')
+                        'model to write, or fused, by both (of a run for which `scilm finder` made one) (default: %(default)s)')
     parser.add_argument('--related', metavar='N', type=int, default=4, help='how many of these at most (default: %(default)s)')
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1: raise InputError('--max-new-tokens must be at least 1.')
@@ -253,13 +253,11 @@ def _chat(arguments: list[str]) -> int:
     if options.related < 1: raise InputError('--related must be at least 1; without --papers an answer leans on none.')
     if not 0 <= options.temperature < math.inf: raise InputError('--temperature must be 0 or a positive number.')
     folder = _find_model(options.folder)
-    from transformers.utils.logging import disable_progress_bar
     from scilm_adapt.generate import REPETITION_PENALTY
     from scilm_adapt.models import load
     from scilm_adapt.tokens import end_of_turn
     penalty = REPETITION_PENALTY if options.repetition_penalty is None else options.repetition_penalty
     if not 1 <= penalty < math.inf: raise InputError('--repetition-penalty must be 1 (none) or more.')
-    disable_progress_bar()                                           # of loading: it is over before it can be read
     lm = load(str(folder))
     end_of_turn(lm.tokenizer)                                        # InputError now, rather than at the first turn
     library, messages = _open_papers(options.papers, lm, options.find) if options.papers else None, []
@@ -275,6 +273,32 @@ def _chat(arguments: list[str]) -> int:
             print(f'scilm: {error}', file=sys.stderr)
             messages.pop()
         else: messages.append(dict(role='assistant', content=said))
+    return 0
+
+# %% ../nbs/55_cli.ipynb #fnd55002
+def _finder(arguments: list[str]) -> int:
+    "let a run's model learn which papers help it to write"
+    parser = ArgumentParser(prog='scilm finder', description="Measure which training papers help a run's distilled model to write others, "
+                            'and train a head that finds such papers, for `scilm chat --find`. The model stays as it is.')
+    parser.add_argument('folder', metavar='DIR', help='the folder of a finished run')
+    parser.add_argument('--papers', metavar='N', type=int, help='training papers that are asked about, each read eleven times (default: '
+                        '400, half an hour of two cores for a model of 80 million weights)')
+    parser.add_argument('--seed', type=int, default=0, help='of every random choice (default: %(default)s)')
+    options = parser.parse_args(arguments)
+    folder = _find_model(options.folder)
+    from scilm_adapt.finder import WAYS, Finding, prepare
+    from scilm_adapt.models import load
+    from scilm_adapt.papers import open_corpus
+    from scilm_adapt.runs import Run
+    corpus = open_corpus(options.folder)
+    settings = Finding(**{} if options.papers is None else dict(papers=options.papers))
+    prepare(run := Run(options.folder), load(str(folder)), corpus, settings, options.seed)
+    about = read_json(run.folder/'finder'/'finder.json')
+    worth, best = about['validation'], max(WAYS, key=about['validation'].get)
+    saved = ', '.join(f'{worth[way]:+.4f} by {way}' for way in WAYS)
+    print(f"  bits per byte that the first paper found saves, on {about['papers']} validation papers: {saved}; "
+          f"the best candidate {worth['best']:+.4f}, any {worth['any']:+.4f}")
+    print(f'scilm chat {options.folder} --papers {options.folder}' + (f' --find {best}' if best != 'tfidf' else '   # words do best'))
     return 0
 
 # %% ../nbs/55_cli.ipynb #4b375738
@@ -379,7 +403,7 @@ def _push(arguments: list[str]) -> int:
     return 0
 
 # %% ../nbs/55_cli.ipynb #a025f731
-commands = dict(papers=papers, instruct=_instruct, run=_run, status=_status, verify=_verify, chat=_chat, push=_push,
+commands = dict(papers=papers, instruct=_instruct, run=_run, status=_status, verify=_verify, chat=_chat, finder=_finder, push=_push,
                 **{'export-gguf': _export_gguf}, bench=_bench)
 
 

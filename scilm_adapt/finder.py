@@ -375,7 +375,7 @@ def open_finder(folder: str | Path, lm: LanguageModel, library: Library, way: st
     """
     check_way(way)
     if not (Path(folder)/'finder.json').is_file():
-        raise InputError(f'{folder} is no finder; make one with finder.prepare, or find by tfidf.')
+        raise InputError(f'{folder} is no finder; make one with `scilm finder` (or finder.prepare), or find by tfidf.')
     key_of(folder)  # InputError for what is damaged
     about, weights = read_json(Path(folder)/'finder.json'), load_file(Path(folder)/'head.safetensors')
     if about['model'] != weights_hash(lm.model) or about['tokenizer'] != tokenizer_hash(lm.tokenizer):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['built_in', 'SPLITS', 'OUTCOMES', 'Engine', 'document', 'entries', 'refused', 'read', 'split', 'Checked', 'as_record',
            'cleaned', 'stream_records', 'save_dataset', 'pdf_readers', 'Side', 'Job', 'build', 'count_table', 'Records',
-           'Corpus', 'open_papers', 'source_hash', 'prepare']
+           'Corpus', 'open_papers', 'corpus_in', 'open_corpus', 'source_hash', 'prepare']
 
 # %% ../nbs/15_papers.ipynb #d17f99a7
 import hashlib
@@ -507,6 +507,19 @@ def open_papers(folder: str | Path) -> dict[str, Records]:
     try: parts = load_from_disk(str(folder))
     except Exception as error: raise InputError(f'{folder} is no folder of papers ({type(error).__name__}); make one with `scilm papers`.')
     return {name: Records(part) for name, part in parts.items()}
+
+
+def corpus_in(source: str | Path) -> Path | None:
+    "The folder of the corpus that a run's folder holds, or that `source` is itself; None where there is none."
+    places = Path(source)/'corpus', Path(source)
+    return next((folder for folder in places if (folder/'science').is_dir() and (folder/'general').is_dir()), None)
+
+
+def open_corpus(source: str | Path) -> Corpus:
+    "The corpus of a run's folder, or in the folder `prepare` made; InputError where there is none."
+    if not (folder := corpus_in(source)):
+        raise InputError(f'{source} holds no corpus; give the folder of a run that has read its papers, such as outputs/run.')
+    return Corpus(open_papers(folder/'science'), open_papers(folder/'general'), folder)
 
 # %% ../nbs/15_papers.ipynb #e732b0d2
 def source_hash(source: str) -> object:

@@ -22,7 +22,7 @@ from scipy import sparse
 from .duplicates import fingerprint, words
 from .errors import InputError, progress_bar, say
 from .files import write_json
-from .papers import Corpus, document, open_papers, read
+from .papers import Corpus, corpus_in, document, open_corpus, read
 from .runs import Run, rng, stage
 
 # %% ../nbs/17_related.ipynb #rel00011
@@ -304,10 +304,7 @@ def some_chains(starts: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
 # %% ../nbs/17_related.ipynb #rel00033
 def library_of(source: str) -> Library:
     "The library of what a user names: the folder of a run, or papers of any form (see `papers.read`). InputError where there is none."
-    for folder in (Path(source)/'corpus', Path(source)):
-        if (folder/'science').is_dir() and (folder/'general').is_dir():
-            corpus = Corpus(open_papers(folder/'science'), open_papers(folder/'general'), folder)
-            return prepare(Run(folder.parent), corpus)
+    if folder := corpus_in(source): return prepare(Run(folder.parent), open_corpus(source))
     records = read(source)
     with tempfile.TemporaryDirectory() as folder:
         write_index(folder, map(brief, records))

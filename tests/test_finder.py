@@ -1,5 +1,6 @@
 """A finder whose label is the model's own gain: losses against loops, a head that harms nothing, searches that leave out what they must."""
 import copy
+import io
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import reader
 
+from scilm_adapt import cli
 from scilm_adapt import finder as module
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
@@ -37,7 +39,7 @@ from scilm_adapt.finder import (
     trained_head,
 )
 from scilm_adapt.generate import after_title, preceding, respond_with
-from scilm_adapt.models import hidden_states, logits_of, weights_hash
+from scilm_adapt.models import hidden_states, logits_of, save, weights_hash
 from scilm_adapt.papers import Corpus, build, open_papers
 from scilm_adapt.related import brief
 from scilm_adapt.related import prepare as prepare_library
@@ -323,13 +325,30 @@ def test_a_chat_finds_the_papers_of_a_run_in_any_way_that_was_made_for_it(tmp_pa
     def make(folder): [build(folder/side, [str(tmp_path/'science.jsonl')], workers=1) for side in ('science', 'general')]
     run = Run(tmp_path/'run')
     stage(run, 'corpus', {}, make)
-    with pytest.raises(InputError, match='is no finder; make one with finder.prepare, or find by tfidf'):
+    with pytest.raises(InputError, match='is no finder; make one with `scilm finder`'):
         library_for(str(run.folder), student, 'fused')
     corpus = Corpus(open_papers(run.folder/'corpus'/'science'), open_papers(run.folder/'corpus'/'general'), run.folder/'corpus')
     made = prepare(run, student, corpus, SMALL)
     opened, plain = (library_for(str(run.folder), student, way) for way in ('fused', 'tfidf'))
     assert opened.fingerprint() == made.fingerprint() != plain.fingerprint() and len(opened) == len(plain) == len(corpus.science['train'])
     assert opened.related(['How heat flows'], 3) == made.related(['How heat flows'], 3)
+
+
+def test_the_command_makes_a_finder_that_a_chat_uses_and_says_what_each_way_is_worth(tmp_path, student, monkeypatch, capsys):
+    (tmp_path/'science.jsonl').write_text('\n'.join(map(json.dumps, PAPERS)))
+    def make(folder): [build(folder/side, [str(tmp_path/'science.jsonl')], workers=1) for side in ('science', 'general')]
+    run = Run(tmp_path/'run')
+    stage(run, 'corpus', {}, make)
+    assert cli.main(['finder', str(run.folder)]) == 2 and 'holds no model' in capsys.readouterr().err
+    stage(run, 'models/distilled', {}, lambda folder: save(student, folder))
+    assert cli.main(['finder', str(run.folder/'models'/'distilled')]) == 2 and 'holds no corpus' in capsys.readouterr().err
+    assert cli.main(['finder', str(run.folder), '--papers', '1']) == 2 and 'papers is 1; set it to 2 or more' in capsys.readouterr().err
+    assert cli.main(['finder', str(run.folder), '--papers', '6']) == 0
+    said = capsys.readouterr().out
+    assert all(f' by {way}' in said for way in WAYS) and f'--papers {run.folder}' in said.splitlines()[-1]
+    monkeypatch.setattr('sys.stdin', io.StringIO('How heat flows\n'))
+    assert cli.main(['chat', str(run.folder), '--max-new-tokens', '4', '--papers', str(run.folder), '--find', 'fused']) == 0
+    assert '[1]' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('change, message', [
