@@ -159,7 +159,7 @@ def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', tempera
 @dataclass(frozen=True, kw_only=True)
 class Recipe(recipes.Recipe):
     "How stage 2 is done. A `Weight` is a number, or a pair: its value at the first step and at the last."
-    steps: int = 20                    # optimiser steps
+    steps: int = 40                    # optimiser steps
     learning_rate: float = 0.0001      # its peak; about 1e-5 for models of a billion weights and more
     divergence: str | None = None      # of student and teacher, options as in 'jsd beta=0.1' (none = jsd, or forward_kl if it cannot tell)
     temperature: float = 1.0           # of both distributions
