@@ -13,7 +13,7 @@ from scilm_adapt import related
 from scilm_adapt.duplicates import fingerprint
 from scilm_adapt.errors import InputError
 from scilm_adapt.files import read_json, write_text
-from scilm_adapt.papers import Corpus, build
+from scilm_adapt.papers import Corpus, build, open_papers
 from scilm_adapt.related import (
     FAR,
     NEAR_DUPLICATE,
@@ -239,7 +239,7 @@ def test_a_library_of_what_people_have(tmp_path, capsys):
 def test_of_a_run_only_training_papers_are_leant_on_and_its_index_is_kept(tmp_path, capsys):
     (tmp_path/'science.jsonl').write_text('\n'.join(map(json.dumps, PAPERS)))
     def make(folder): [build(folder/side, [str(tmp_path/'science.jsonl')], workers=1) for side in ('science', 'general')]
-    corpus = related.open_papers(stage(Run(tmp_path/'run'), 'corpus', {}, make)/'science')
+    corpus = open_papers(stage(Run(tmp_path/'run'), 'corpus', {}, make)/'science')
     found = library_of(str(tmp_path/'run'))
     assert {one['id'] for one in found.records} == {one['id'] for one in corpus['train']} and len(corpus['test'])
     assert (tmp_path/'run'/'related'/'manifest.json').is_file() and 'already done' not in capsys.readouterr().out.partition('related')[2]
