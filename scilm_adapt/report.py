@@ -35,8 +35,10 @@ from .training import PROBE, ROLLOUT
 
 # %% ../nbs/51_report.ipynb #f265e7b0
 def _metrics_of(result: dict) -> dict[str, Metric]:
-    "The metrics that a result has numbers of, by name."
-    return {name: metric for name, metric in metrics.items() if any(name in values for values in result['models'].values())}
+    "The metrics of which a result has numbers to compare, by name."
+    models = result['models'].values()
+    least = min(2, len(models))  # a number that only the teacher has, such as its distance from itself, compares nothing
+    return {name: metric for name, metric in metrics.items() if sum(values.get(name) is not None for values in models) >= least}
 
 
 def _compared_of(result: dict) -> list[Compared]:

@@ -373,6 +373,15 @@ def test_a_card_says_whether_there_was_a_teacher(run, corpus):
     assert 'then taught the answers to questions made' in report.model_card(run, 'distilled', invented(), CONFIG, corpus)
 
 
+def test_what_only_the_teacher_has_a_number_of_is_not_shown():
+    result = invented()
+    for name, values in result['models'].items(): values['teacher_kl'] = dict(value=0.0, low=0.0, high=0.0) if name == 'teacher' else None
+    title = metrics['teacher_kl'].title
+    assert title not in report.table(result) and title not in str(report.before_after(result).axes[-1].get_yticklabels())
+    result['models']['distilled']['teacher_kl'] = dict(value=0.5, low=0.4, high=0.6)
+    assert title in report.table(result)
+
+
 def test_the_numbers_of_an_earlier_run_are_still_read(root):
     shown = read_json(root/'nbs'/'results'/'quickstart.json')
     later = {'general_answers', 'teacher_kl', 'agreement'}  # what is measured of general conversations came later, as did who is compared

@@ -45,8 +45,8 @@ def real() -> list[str]:
     metrics = read_json(RESULTS/'real.json')
     config = metrics['config']
     read = config['contrast.steps']*config['batch_size']*config['context']*(1 - config['contrast.replay_share'])
-    apart = ('A dash: not measured, because the teacher keeps tokens of its own here, in which these papers are more than a tenth shorter.'
-             if metrics['models']['distilled']['teacher_kl'] is None else '')
+    apart = ('How near the others are to the teacher is not measured: it keeps tokens of its own here, in which these papers are a tenth '
+             'shorter.' if metrics['models']['distilled']['teacher_kl'] is None else '')
     return [
         f"On real papers and with more time, `make real PAPERS={config['papers']}`: abstracts of arXiv in computer science, of which "
         f"stage 1 reads {read/1e6:.1f} million tokens, and {config['distil.steps']} steps of stage 2 (seed {config['seed']}; "
