@@ -361,9 +361,9 @@ zoo = {'smollm2': smollm2, 'smollm2-80m': lambda: ZOO/'smollm2-80m',  # built-in
 
 
 @contextmanager
-def _without_bars(where: str | Path) -> Iterator[None]:
-    "The library's bars are left out for a folder on this machine, which takes a second; those of a download stay."
-    shown = Path(where).is_dir() and library_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+def _without_bars(here: bool = True) -> Iterator[None]:
+    "The library's bars are left out for what is `here`, on this machine, and takes a second; those of a download stay."
+    shown = here and library_logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     if shown: library_logging.disable_progress_bar()
     try: yield
     finally:
@@ -372,7 +372,7 @@ def _without_bars(where: str | Path) -> Iterator[None]:
 
 def _open(where: str | Path, dtype: torch.dtype, **rounded: object) -> tuple[PreTrainedModel, object, dict]:
     "Model, tokenizer, and what is said of the loading, from a folder or the Hub: never code that comes with them, never pickles."
-    with _without_bars(where):
+    with _without_bars(Path(where).is_dir()):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                                                             output_loading_info=True, **rounded)
@@ -467,8 +467,7 @@ def save(lm: LanguageModel, folder: str | Path, dtype: torch.dtype | None = None
     weights = {name: tensor.detach() for name, tensor in lm.model.state_dict().items()}
     copies = {tensor.data_ptr(): tensor.to('cpu', dtype or tensor.dtype) for tensor in weights.values()}  # tied weights stay one
     state = {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with _without_bars(folder): lm.model.save_pretrained(folder, state_dict=state)
+    with _without_bars(): lm.model.save_pretrained(folder, state_dict=state)
     if dtype:
         config = AutoConfig.from_pretrained(folder)
         config.dtype = dtype

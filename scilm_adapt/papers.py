@@ -566,4 +566,4 @@ def prepare(run: Run, papers: str = 'installed-docs', general: str = 'installed-
         print(f"  {side}: {counts['total']['read']:,} read = {said}; " + ', '.join(f'{n:,} {name}' for name, n in counts['splits'].items()))
         if counts['fields']: print('    ' + ', '.join(counts['fields']))
         if counts['untitled']: print('    ' + _without_titles(counts['untitled']))
-    return Corpus(open_papers(folder/'science'), open_papers(folder/'general'), folder)
+    return open_corpus(folder)

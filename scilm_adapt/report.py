@@ -35,10 +35,12 @@ from .training import PROBE, ROLLOUT
 
 # %% ../nbs/51_report.ipynb #f265e7b0
 def _metrics_of(result: dict) -> dict[str, Metric]:
-    "The metrics of which a result has numbers to compare, by name."
-    models = result['models'].values()
-    least = min(2, len(models))  # a number that only the teacher has, such as its distance from itself, compares nothing
-    return {name: metric for name, metric in metrics.items() if sum(values.get(name) is not None for values in models) >= least}
+    "The metrics that a result has numbers of, by name, without those of the teacher alone."
+    models, teachers = result['models'], {one.name for one in _compared_of(result) if one.role == 'teacher'}
+    def compares(name: str) -> bool:  # what only the teacher has a number of, such as its distance from itself, compares nothing
+        measured = {model for model, values in models.items() if values.get(name) is not None}
+        return any(name in values for values in models.values()) and not (measured and measured <= teachers)
+    return {name: metric for name, metric in metrics.items() if compares(name)}
 
 
 def _compared_of(result: dict) -> list[Compared]:

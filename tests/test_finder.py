@@ -40,7 +40,7 @@ from scilm_adapt.finder import (
 )
 from scilm_adapt.generate import after_title, preceding, respond_with
 from scilm_adapt.models import hidden_states, logits_of, save, weights_hash
-from scilm_adapt.papers import Corpus, build, open_papers
+from scilm_adapt.papers import Corpus, build, open_corpus
 from scilm_adapt.related import brief
 from scilm_adapt.related import prepare as prepare_library
 from scilm_adapt.runs import Run, stage
@@ -320,25 +320,26 @@ def test_another_models_finder_and_wrong_names_are_refused(world, found, student
     with pytest.raises(InputError, match='make it anew'): open_finder(tmp_path/'spoilt', student, library)
 
 
-def test_a_chat_finds_the_papers_of_a_run_in_any_way_that_was_made_for_it(tmp_path, student):
+@pytest.fixture
+def run(tmp_path) -> Run:
+    "A run that has read its papers, and done nothing else."
     (tmp_path/'science.jsonl').write_text('\n'.join(map(json.dumps, PAPERS)))
     def make(folder): [build(folder/side, [str(tmp_path/'science.jsonl')], workers=1) for side in ('science', 'general')]
-    run = Run(tmp_path/'run')
-    stage(run, 'corpus', {}, make)
-    with pytest.raises(InputError, match='is no finder; make one with `scilm finder`'):
+    stage(run := Run(tmp_path/'run'), 'corpus', {}, make)
+    return run
+
+
+def test_a_chat_finds_the_papers_of_a_run_in_any_way_that_was_made_for_it(run, student):
+    with pytest.raises(InputError, match=r'is no finder; make one with `scilm finder` \(or finder.prepare\), or find by tfidf'):
         library_for(str(run.folder), student, 'fused')
-    corpus = Corpus(open_papers(run.folder/'corpus'/'science'), open_papers(run.folder/'corpus'/'general'), run.folder/'corpus')
+    corpus = open_corpus(run.folder)
     made = prepare(run, student, corpus, SMALL)
     opened, plain = (library_for(str(run.folder), student, way) for way in ('fused', 'tfidf'))
     assert opened.fingerprint() == made.fingerprint() != plain.fingerprint() and len(opened) == len(plain) == len(corpus.science['train'])
     assert opened.related(['How heat flows'], 3) == made.related(['How heat flows'], 3)
 
 
-def test_the_command_makes_a_finder_that_a_chat_uses_and_says_what_each_way_is_worth(tmp_path, student, monkeypatch, capsys):
-    (tmp_path/'science.jsonl').write_text('\n'.join(map(json.dumps, PAPERS)))
-    def make(folder): [build(folder/side, [str(tmp_path/'science.jsonl')], workers=1) for side in ('science', 'general')]
-    run = Run(tmp_path/'run')
-    stage(run, 'corpus', {}, make)
+def test_the_command_makes_a_finder_that_a_chat_uses_and_says_what_each_way_is_worth(run, student, monkeypatch, capsys):
     assert cli.main(['finder', str(run.folder)]) == 2 and 'holds no model' in capsys.readouterr().err
     stage(run, 'models/distilled', {}, lambda folder: save(student, folder))
     assert cli.main(['finder', str(run.folder/'models'/'distilled')]) == 2 and 'holds no corpus' in capsys.readouterr().err

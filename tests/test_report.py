@@ -380,6 +380,8 @@ def test_what_only_the_teacher_has_a_number_of_is_not_shown():
     assert title not in report.table(result) and title not in str(report.before_after(result).axes[-1].get_yticklabels())
     result['models']['distilled']['teacher_kl'] = dict(value=0.5, low=0.4, high=0.6)
     assert title in report.table(result)
+    result['models']['teacher']['teacher_kl'] = None
+    assert title in report.table(result)                              # what one other model alone has is shown
 
 
 def test_the_numbers_of_an_earlier_run_are_still_read(root):

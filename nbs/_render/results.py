@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from scilm_adapt import report
-from scilm_adapt.evaluate import VERDICTS
+from scilm_adapt.evaluate import VERDICTS, finding
 from scilm_adapt.files import read_json, write_json, write_text
 from scilm_adapt.intervals import signed_interval
 
@@ -45,14 +45,15 @@ def real() -> list[str]:
     metrics = read_json(RESULTS/'real.json')
     config = metrics['config']
     read = config['contrast.steps']*config['batch_size']*config['context']*(1 - config['contrast.replay_share'])
-    apart = ('How near the others are to the teacher is not measured: it keeps tokens of its own here, in which these papers are a tenth '
-             'shorter.' if metrics['models']['distilled']['teacher_kl'] is None else '')
+    said = [finding(metrics, one) for one in metrics['differences'] if (one['model'], one['against']) == ('distilled', 'teacher')]
+    if metrics['models']['distilled']['teacher_kl'] is None:
+        said.append('How near the others are to the teacher is not measured: it keeps tokens of its own here, in which these papers are a '
+                    'tenth shorter.')
     return [
         f"On real papers and with more time, `make real PAPERS={config['papers']}`: abstracts of arXiv in computer science, of which "
         f"stage 1 reads {read/1e6:.1f} million tokens, and {config['distil.steps']} steps of stage 2 (seed {config['seed']}; "
         f"{config['documents']} held-out texts of each kind and {config['questions']} questions).",
-        report.table(metrics).to_markdown(), *([apart] if apart else []), report.promises(metrics).to_markdown(index=False),
-        ' '.join(sentence for sentence in metrics['findings'] if ': distilled ' in sentence and ' of teacher: ' in sentence)]
+        report.table(metrics).to_markdown(), report.promises(metrics).to_markdown(index=False), ' '.join(said)]
 
 
 def readme_block() -> str:
