@@ -60,7 +60,7 @@ def test_a_protocol_runs_and_its_verdicts_follow_from_its_numbers(tmp_path, text
             assert about['p_value'] <= about['holm'] and (about['holm'] < 0.05) == (about['verdict'] != 'not shown')
 
 
-ARMS = dict(student='zoo:student', teacher='zoo:teacher', seeds=2, keeping_seeds=1, context=128, batch_size=2, contrast_steps=2,
+ARMS = dict(student='zoo:student', teacher='zoo:teacher', seeds=2, context=128, batch_size=2, contrast_steps=2,
             distil_steps=2, conversations=40, teacher_answers=4, taught=24, documents=6, questions=4, continued=3, other_steps=2,
             other_vocabulary=400)
 
@@ -70,13 +70,31 @@ def test_the_comparison_of_methods_runs_and_holds_each_against_its_control(tmp_p
     known.write_text('\n'.join(json.dumps(record) for record in read('installed-docs')[:400]))
     scope = executed('compare', ARMS | texts | dict(out_dir=str(out), papers=str(known)), {})
     assert 'scilm: run complete' in capsys.readouterr().out
-    compared, keeping = (json.loads((out/f'{name}.json').read_text(encoding='utf-8')) for name in ('compared', 'keeping'))
+    compared = json.loads((out/'compared.json').read_text(encoding='utf-8'))
     assert compared['tables'].keys() == {'stage_1', 'continuations', 'methods', 'other_tokenizer'}
     assert {'plain', 'answers only', 'chat vector', 'without stage 1'} <= compared['tables']['methods'].keys()
-    assert keeping['at'].keys() == keeping['table'].keys() >= {'base', 'reading', 'replay 25 %', 'anchor 1', 'LoRA', 'interpolated 0.5'}
-    ends = [keeping['at'][name]['science'] for name in ('base', 'interpolated 0.5', 'reading')]
-    assert min(ends[0], ends[2]) <= ends[1] + 1e-3 and (out/'keeping.png').exists() and (out/'compared.png').exists()
-    assert scope['aligned'].name == 'zoo:teacher'
+    assert scope['aligned'].name == 'zoo:teacher' and (out/'compared.png').exists()
+
+
+def test_what_keeps_general_abilities_is_held_against_the_line_that_costs_nothing(tmp_path, texts, capsys):
+    out = tmp_path/'out'
+    small = dict(student='zoo:student', teacher='zoo:teacher', seeds=2, context=128, batch_size=2, steps=4, documents=6, conversations=6)
+    scope = executed('keeping', small | texts | dict(out_dir=str(out)), {})
+    assert 'scilm: run complete' in capsys.readouterr().out and (out/'keeping.png').exists()
+    kept = json.loads((out/'keeping.json').read_text(encoding='utf-8'))
+    assert kept['claims'].keys() == {'replay', 'anchor', 'replay and anchor', 'LoRA'}
+    assert kept['means'].keys() == kept['table'].keys() == {*scope['arms'], 'untouched', 'keeping 0.25', 'keeping 0.5', 'keeping 0.75'}
+    science = {name: about['science_bpb'] for name, about in kept['means'].items()}
+    assert science['reading'] < science['keeping 0.5'] < science['untouched']
+    for seed in range(2):  # the ends of the line are the models at its ends, and between them lies what reads as well as was asked for
+        ends = [scope['rows_of'](name, seed) for name in ('untouched', 'reading')]
+        worth = [scope['chosen']['science_bpb'].value(rows['science_bpb']) for rows in ends]
+        for rows, wanted, share in zip(ends, (worth[0] + 1e-9, worth[1] + 1e-9), (0, 1)):
+            found, at = scope['on_the_line'](seed, wanted)
+            assert at == pytest.approx(share, abs=0.01) and found['teacher_kl'] == pytest.approx(rows['teacher_kl'], abs=0.05)
+        found, at = scope['on_the_line'](seed, sum(worth)/2)
+        assert 0 < at < 1 and scope['chosen']['science_bpb'].value(found['science_bpb']) == pytest.approx(sum(worth)/2, rel=0.01)
+        assert scope['on_the_line'](seed, 0.0)[1] == 1.0  # nothing reads that well: all of the reading
 
 
 def test_a_model_and_itself_is_one_model_in_every_number(tmp_path, texts, capsys):
