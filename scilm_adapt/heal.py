@@ -16,7 +16,7 @@ import torch
 from . import recipe as recipes
 from .divergence import head_of, make_divergence
 from .errors import InputError, say
-from .files import write_json
+from .files import content_hash, write_json
 from .models import LanguageModel, check_memory, hidden_states, load, save, shared_vocabulary, weights_hash
 from .papers import Corpus, document
 from .recipe import Task, recipe_of, train_stage
@@ -53,17 +53,19 @@ class Recipe(recipes.Recipe):
         check_memory(student)
 
 # %% ../nbs/49_heal.ipynb #7a1b0009
-def cut(run: Run, lm: LanguageModel, teacher: object, corpus: Corpus, **settings) -> tuple[LanguageModel, LanguageModel, object]:
+def cut(run: Run, lm: LanguageModel, teacher: object, corpus: Corpus, conversations: Sequence[list[dict]] = (),
+        **settings) -> tuple[LanguageModel, LanguageModel, object]:
     """What the recipe of these `settings` leaves of a model, as the stage models/shrunk; the whole model with the same tokens; and the
     teacher, with the same tokens, too, if it is a model that is here and has them among its own (see `through`).
 
-    Influence and use are measured on the training splits. A recipe that cuts nothing leaves the model as it came, and makes no stage.
+    Influence is measured on the training splits; tokens stay for their use there and in `conversations`, in the share that healing reads.
+    A recipe that cuts nothing leaves the model as it came, and makes no stage.
     """
     recipe = recipe_of(Recipe, settings)
     texts = [document(record) for part in (corpus.science, corpus.general) for record in part['train']]
     if not recipe.cuts: return lm, lm, through(teacher, lm, texts) if isinstance(teacher, LanguageModel) else teacher
     def make(folder: Path) -> None:
-        small = shrink(lm, texts, recipe.layers, recipe.vocabulary, context=recipe.context)
+        small = shrink(lm, texts, recipe.layers, recipe.vocabulary, conversations, recipe.conversation_share, context=recipe.context)
         print(f'  {small}', flush=True)
         save(small.lm, folder)
         write_json(folder/'shrunk.json', dict(kept=small.kept, dropped=small.dropped, influence=small.influence.tolist(),
@@ -71,6 +73,7 @@ def cut(run: Run, lm: LanguageModel, teacher: object, corpus: Corpus, **settings
     say(f'shrink: {lm.name}')
     config = dict(model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer), layers=recipe.layers,
                   vocabulary=recipe.vocabulary, context=recipe.context)
+    if conversations: config |= dict(conversations=content_hash([*conversations]), share=recipe.conversation_share)
     folder = stage(run, 'models/shrunk', config, make, [corpus.folder])
     small = replace(load(folder, next(lm.model.parameters()).device), name='shrunk')
     return small, through(lm, small), through(teacher, small) if isinstance(teacher, LanguageModel) else teacher

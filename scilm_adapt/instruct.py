@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['writers', 'answer_filters', 'mine_all', 'ask_teacher', 'numbers', 'QualityFilter', 'build', 'Chats', 'open_chats',
-           'general_chats', 'prepare']
+           'general_chats', 'spoken', 'prepare']
 
 # %% ../nbs/39_instruct.ipynb #b1e4e86b
 import json
@@ -852,8 +852,8 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
     """
     wanted = dict(train=(number, seed), valid=(0, seed), test=(_HELD_OUT, seed + 1_000_003))  # other draws for the test
     def make(folder: Path, scratch: Path) -> None:
-        shipped = [ZOO/'smollm2-80m'] if getattr(teacher, 'name', '') == 'smollm2' else []  # half an hour's work, done once
-        file = _earlier_answers(scratch, run.folder/'general-chats', *shipped)
+        shipped = _shipped_answers(teacher)
+        file = _earlier_answers(scratch, run.folder/'general-chats', run.folder/'spoken', *shipped)
         def items(name: str) -> tuple[Iterable[_Item], Usage]:
             most, chance = wanted[name]
             chats, usage = general_chats(teacher, most, context, chance, file, thoughts) if most else ([], Usage())
@@ -882,11 +882,39 @@ def _share_of(share: float | None, teacher: LanguageModel | Endpoint) -> float:
     return share
 
 
+def _shipped_answers(teacher: LanguageModel | Endpoint) -> list[Path]:
+    "Folders with what this teacher has said to itself already: half an hour's work, done once."
+    return [ZOO/'smollm2-80m'] if getattr(teacher, 'name', '') == 'smollm2' else []
+
+
+def spoken(run: Run, teacher: LanguageModel | Endpoint, *, conversations: int = 320, general_share: float | None = 0.0, context: int = 512,
+           seed: int = 0, thoughts: int = 0) -> list[list[dict]]:
+    """What the teacher says to itself, as lists of messages, before it is known which tokens a student has: the stage 'spoken'.
+
+    They are those of `prepare` with the same arguments, before they are judged, and are not asked for again there.
+    """
+    if not (number := _number_of(general_share, teacher, conversations)): return []
+    def make(folder: Path, scratch: Path) -> None:
+        file = _earlier_answers(scratch, run.folder/'spoken', run.folder/'general-chats', *_shipped_answers(teacher))
+        chats, _ = general_chats(teacher, number, context, seed, file, thoughts)
+        write_json(folder/'messages.json', [chat['messages'] for chat in chats if not chat['problem']])
+        shutil.copy(file, folder/'answers.jsonl')
+    say('instruct: what the teacher says to itself')
+    config = dict(teacher=_writing(teacher).key, number=number, seed=seed, context=context, thoughts=thoughts)
+    return read_json(stage(run, 'spoken', config, make, resumable=True, together=True, inherited=['answers.jsonl'])/'messages.json')
+
+
+def _number_of(share: float | None, teacher: LanguageModel | Endpoint, others: int) -> int:
+    "How many conversations make up the share beside so many others, see `_share_of`."
+    meant = _share_of(share, teacher)
+    return math.ceil(meant/(1 - meant)*others)
+
+
 def _general_stages(run: Run, share: float | None, others: int, teacher: LanguageModel | Endpoint, tokenizer: object,
                     **how: object) -> list[Path]:
     "The stage of `_prepare_general` that makes up the share beside so many `others`; none where none is meant, see `_share_of`."
-    if not (meant := _share_of(share, teacher)): return []
-    try: return [_prepare_general(run, teacher, tokenizer, math.ceil(meant/(1 - meant)*others), **how)]
+    if not (number := _number_of(share, teacher, others)): return []
+    try: return [_prepare_general(run, teacher, tokenizer, number, **how)]
     except NothingSaid as error:
         if share is not None: raise
         print(f'  no conversations about anything: {error}', flush=True)

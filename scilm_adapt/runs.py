@@ -150,8 +150,8 @@ def meet() -> None:
     exchanged(lambda: None)
 
 # %% ../nbs/02_runs.ipynb #95764d30
-_STAGES = ('corpus', 'related', 'reading-order', 'tokens', 'chained-tokens', 'general-tokens', 'general-chats', 'preferences', 'chats',
-           'targets', 'gains', 'finder', 'judge', 'chosen-tokens', 'chosen-general-tokens', 'evaluation', 'figures',
+_STAGES = ('corpus', 'related', 'reading-order', 'tokens', 'chained-tokens', 'general-tokens', 'spoken', 'general-chats', 'preferences',
+           'chats', 'targets', 'gains', 'finder', 'judge', 'chosen-tokens', 'chosen-general-tokens', 'evaluation', 'figures',
            *(f'models/{name}' for name in ('base', 'teacher', 'shrunk', 'healed', 'contrast', 'scout', 'finder', 'taught', 'distilled',
                                       'distilled-good')))
 _FILES = ('report.md', 'report.html', 'metrics.json', *(f'{name}/README.md' for name in _STAGES if name.startswith('models/')))

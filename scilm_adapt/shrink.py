@@ -323,21 +323,22 @@ def _needed(tokenizer: PreTrainedTokenizerBase, grammar: _Grammar) -> set[int]:
     return grammar.closed(controls | grammar.alphabet | _template_tokens(tokenizer))
 
 
-def _counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], conversations: Iterable[list[dict]]) -> Counter:
-    "How often each token is used in texts and conversations."
-    counts = Counter()
-    for ids in encode_stream(tokenizer, texts): counts.update(ids)
-    for messages in conversations: counts.update(lay_out(tokenizer, messages)[0])
-    return counts
+def _counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], conversations: Iterable[list[dict]], share: float) -> Counter:
+    "How often each token is used in texts and conversations, which are weighted to be this `share` of all, however few there are."
+    read, said = Counter(), Counter()
+    for ids in encode_stream(tokenizer, texts): read.update(ids)
+    for messages in conversations: said.update(lay_out(tokenizer, messages)[0])
+    weight = share/(1 - share)*read.total()/said.total() if said else 0.0
+    return Counter({token: read[token] + weight*said[token] for token in {*read, *said}})
 
 
 def kept_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_most: int | None = None,
-                conversations: Iterable[list[dict]] = ()) -> list[int]:
+                conversations: Iterable[list[dict]] = (), conversation_share: float = 0.5) -> list[int]:
     """Ids, in order, of the tokens to keep: controls, alphabet, chat template, and what the texts and conversations use.
 
-    All that these use is kept, or the most frequent of it, so that there are `at_most` tokens in all. With each token stay those that
-    it is made of, so a text of kept tokens is read as before. InputError for no texts, for a tokenizer that cannot be cut, and where
-    `at_most` is less than what must stay.
+    All that these use is kept, or the most frequent of it, so that there are `at_most` tokens in all; conversations count as if they were
+    `conversation_share` of what is used. With each token stay those that it is made of, so a text of kept tokens is read as before.
+    InputError for no texts, for a tokenizer that cannot be cut, and where `at_most` is less than what must stay.
     """
     _check_texts(texts)
     grammar = _grammar(tokenizer)
@@ -346,7 +347,8 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_mos
     if most < len(kept):
         raise InputError(f'{most:,} tokens are too few: controls, alphabet and chat template of this tokenizer are {len(kept):,}, so set '
                          f'the number of tokens to at least {len(kept)}.')
-    for token, _ in sorted(_counts(tokenizer, texts, conversations).items(), key=lambda found: (-found[1], found[0])):
+    counts = _counts(tokenizer, texts, conversations, conversation_share)
+    for token, _ in sorted(counts.items(), key=lambda found: (-found[1], found[0])):
         new = grammar.closed([token]) - kept
         if len(kept) + len(new) <= most: kept |= new
     return sorted(kept)
@@ -511,19 +513,20 @@ def _mean_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> fl
 
 
 def shrink(lm: LanguageModel, texts: Sequence[str], layers: int | None = None, tokens: int | None = None,
-           conversations: Iterable[list[dict]] = (), probe: int = 64, context: int = 512) -> Shrunk:
+           conversations: Iterable[list[dict]] = (), conversation_share: float = 0.5, probe: int = 64, context: int = 512) -> Shrunk:
     """A copy of a model with `layers` layers, those of least influence on `texts` taken out, and at most `tokens` tokens.
 
     None leaves all as they are; `tokens` = len(tokenizer) keeps all that texts and `conversations` use. See `block_influence`,
-    `drop_layers`, `kept_tokens` and `cut_vocabulary`. Influence is measured on `probe` of the texts, evenly spaced, and the length of
-    texts on a thousand. InputError, before any work, for what the model or its tokenizer cannot be.
+    `drop_layers`, `kept_tokens` (for the `conversation_share`, too) and `cut_vocabulary`. Influence is measured on `probe` of the texts,
+    evenly spaced, and the length of texts on a thousand. InputError, before any work, for what the model or its tokenizer cannot be.
     """
     _check_plain(lm)
     _check_texts(texts)
     depth = len(_blocks(lm.model)[1])
     if layers is not None and not 1 <= layers <= depth:
         raise InputError(f"layers is {layers}, and '{lm.name}' has {depth}; set how many remain, from 1 to {depth}.")
-    kept = sorted(lm.tokenizer.get_vocab().values()) if tokens is None else kept_tokens(lm.tokenizer, texts, tokens, conversations)
+    kept = (sorted(lm.tokenizer.get_vocab().values()) if tokens is None else
+            kept_tokens(lm.tokenizer, texts, tokens, conversations, conversation_share))
     influence = block_influence(lm, _spread(texts, probe), context)
     dropped = sorted(np.argsort(influence, kind='stable')[:depth - (layers or depth)].tolist())
     small = drop_layers(lm, dropped) if dropped else lm

@@ -54,6 +54,19 @@ def test_student_whole_model_and_teacher_are_read_through_one_cut(whole, corpus,
     assert weights_hash(cut(run, whole, teacher, corpus, **SETTINGS)[0].model) == before and 'kept' in capsys.readouterr().out
 
 
+def test_words_of_conversations_stay_though_no_text_has_them(whole, corpus, tmp_path):
+    said = [[dict(role='user', content='Quick jumpy wizards?'), dict(role='assistant', content='Quick jumpy wizards.')]]
+    taught = reader([*TEXTS, dict(id='wizards', title='Quick jumpy wizards', text='Quick jumpy wizards. '*40)], layers=4, size=500)
+    word, few = taught.tokenizer.tokenize(' wizards')[-1], dict(vocabulary=330)
+    assert word.endswith('wizards'), 'one token before the cut'
+    without, with_them = (cut(Run(tmp_path/name), taught, None, corpus, some, **SETTINGS | few)[0]
+                          for name, some in (('without', ()), ('with', said)))
+    assert word not in without.tokenizer.get_vocab() and word in with_them.tokenizer.get_vocab()
+    assert len(without.tokenizer) <= 330 >= len(with_them.tokenizer)
+    again = cut(Run(tmp_path/'with'), taught, None, corpus, **SETTINGS | few)[0]  # others, or another share, make another cut
+    assert word not in again.tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize('teacher', [tiny(['Other words, other tokens.']), Endpoint('http://localhost:1/v1', 'far'), None],
                          ids=['other tokens', 'a server', 'none'])
 def test_a_teacher_with_other_tokens_stays_as_it_is(teacher, whole, corpus, tmp_path):

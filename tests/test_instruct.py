@@ -830,6 +830,23 @@ def test_what_the_built_in_teacher_said_comes_with_the_package(curious, corpus, 
     with pytest.raises(AssertionError, match='asked again'): prepare(Run(tmp_path/'three'), corpus, curious, **settings)
 
 
+def test_what_is_said_before_a_student_has_its_tokens_is_not_asked_again(curious, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(instruct, '_HELD_OUT', 0)
+    asked, settings = dict(conversations=12, context=128, general_share=0.5, seed=3), dict(teacher_answers=0, held_out=4)
+    run, other = Run(tmp_path/'run'), Run(tmp_path/'other')
+    said = instruct.spoken(run, curious, **asked)
+    assert 6 < len(said) <= 12 and all([turn['role'] for turn in messages] == ['user', 'assistant'] for messages in said)
+    expected = prepare(other, corpus, curious, **asked, **settings)
+    def never(*given, **named): raise AssertionError('it was asked again')
+    monkeypatch.setattr(instruct, 'respond', never)
+    assert instruct.spoken(run, curious, **asked) == said and 'spoken: already done' in capsys.readouterr().out
+    assert instruct.spoken(other, curious, **asked) == said  # nor is what a run asked for in the other order
+    chats = prepare(run, corpus, curious, **asked, **settings)
+    assert chats.train == expected.train and [chat['messages'] for chat in chats.train if chat['kind'] == 'general'][0] in said
+    assert instruct.spoken(run, curious, **asked | dict(general_share=0.0)) == [] == instruct.spoken(
+        run, Endpoint('http://localhost:1/v1', 'no/such-model'), **asked | dict(general_share=None))
+
+
 @pytest.mark.parametrize('share', [-0.1, 1.0, 2.0])
 def test_a_share_that_is_none_is_refused(share, curious, corpus, tmp_path):
     with pytest.raises(InputError, match=f'general_share is {share}; give at least 0'):

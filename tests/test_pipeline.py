@@ -100,7 +100,7 @@ def test_a_run_cuts_its_student_out_of_a_model_heals_it_and_rehearses(texts, tmp
     done = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'mine')
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((tmp_path/'mine'/'metrics.json').read_text())
-    assert {'models/shrunk', 'models/healed', 'general-chats'} <= metrics['seconds'].keys()
+    assert {'models/shrunk', 'models/healed', 'spoken', 'general-chats'} <= metrics['seconds'].keys()
     found = metrics['models']
     assert found['base']['params'] == found['distilled']['params'] < found['teacher']['params'] < models.parameter_count(
         models.load('zoo:teacher').model)  # the teacher has lost the same tokens

@@ -278,6 +278,20 @@ def test_conversations_are_laid_out_as_before():
         assert {*encode_chat(full, [dict(chat[1], content='')], True)[0]} <= {*kept_tokens(full, ['a'])}
 
 
+def test_conversations_have_their_share_of_what_is_counted_however_few_there_are():
+    chat = [dict(role='user', content='волна'), dict(role='assistant', content='волна волна')]
+    texts, wave = ENGLISH*40, {*encode(TOKENIZER, ' волна')}
+    least = len(kept_tokens(TOKENIZER, ['a']))
+    everything = len(kept_tokens(TOKENIZER, texts, conversations=[chat]))
+    def kept(share: float, conversations: list) -> set[int]:
+        return {*kept_tokens(TOKENIZER, texts, (least + everything)//2, conversations, share)}
+    assert not wave <= kept(0.0, [chat]) and wave <= kept(0.5, [chat])  # said three times, and read about hundreds of other words
+    assert kept(0.3, [chat]) == kept(0.3, [chat]*50), 'how many there are makes no difference'
+    assert kept(0.3, []) == {*kept_tokens(TOKENIZER, texts, (least + everything)//2)}, 'without any, texts alone decide'
+    sizes = [len(kept(share, [chat])) for share in (0.0, 0.3, 0.9)]
+    assert max(sizes) <= (least + everything)//2
+
+
 def test_the_parts_of_all_merges_that_give_a_token_are_kept():
     "With those of one of them alone, the last text would become ba, bc."
     merges = [('a', 'b'), ('b', 'a'), ('b', 'c'), ('ab', 'c'), ('a', 'bc')]
