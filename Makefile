@@ -20,7 +20,7 @@ VERSION_CHECK := import sys; sys.version_info >= (3, 11) or sys.exit("scilm_adap
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
 
-run: $(INSTALLED)  ## adapt a real model to science: twelve to twenty-five minutes on two cores, results in outputs/quickstart
+run: $(INSTALLED)  ## adapt a real model to science: thirteen to twenty-five minutes on two cores, results in outputs/quickstart
 	@$(BIN)/scilm run -f nbs/presets/quickstart.yaml -o outputs/quickstart
 
 toy: $(INSTALLED)  ## the same with two toys that talk nonsense: a few minutes, results in outputs/toy
