@@ -734,9 +734,15 @@ def _evaluation_set(sources: Iterable[str]) -> EvaluationSet | None:
 
 
 def _earlier_answers(place: Path, *folders: Path) -> Path:
-    "The file for a teacher's answers in `place`; it begins with those that an earlier call left in the first of the `folders` with any."
+    "The file for a teacher's answers in `place`, with those that earlier calls left in any of the `folders`."
     file, earlier = place/'answers.jsonl', [folder/'answers.jsonl' for folder in folders if (folder/'answers.jsonl').exists()]
-    if ranks()[0] == 0 and earlier and not file.exists(): shutil.copy(earlier[0], file)
+    if ranks()[0] or not earlier: return file
+    if not file.exists(): shutil.copy(earlier[0], file)
+    known, found = finished(file), {}
+    for other in earlier: found |= finished(other)
+    if lacking := [row for key, row in found.items() if key not in known]:
+        with appending(file) as append:
+            for row in lacking: append(row)
     return file
 
 
@@ -852,8 +858,7 @@ def _prepare_general(run: Run, teacher: LanguageModel | Endpoint, tokenizer: obj
     """
     wanted = dict(train=(number, seed), valid=(0, seed), test=(_HELD_OUT, seed + 1_000_003))  # other draws for the test
     def make(folder: Path, scratch: Path) -> None:
-        shipped = _shipped_answers(teacher)
-        file = _earlier_answers(scratch, run.folder/'general-chats', run.folder/'spoken', *shipped)
+        file = _said_to_itself(run, teacher, scratch)
         def items(name: str) -> tuple[Iterable[_Item], Usage]:
             most, chance = wanted[name]
             chats, usage = general_chats(teacher, most, context, chance, file, thoughts) if most else ([], Usage())
@@ -882,9 +887,10 @@ def _share_of(share: float | None, teacher: LanguageModel | Endpoint) -> float:
     return share
 
 
-def _shipped_answers(teacher: LanguageModel | Endpoint) -> list[Path]:
-    "Folders with what this teacher has said to itself already: half an hour's work, done once."
-    return [ZOO/'smollm2-80m'] if getattr(teacher, 'name', '') == 'smollm2' else []
+def _said_to_itself(run: Run, teacher: LanguageModel | Endpoint, place: Path) -> Path:
+    "The file in `place` for what a teacher says to itself, with what it has said in this run, and what comes with the package."
+    shipped = [ZOO/'smollm2-80m'] if getattr(teacher, 'name', '') == 'smollm2' else []  # half an hour's work, done once
+    return _earlier_answers(place, run.folder/'general-chats', run.folder/'spoken', *shipped)
 
 
 def spoken(run: Run, teacher: LanguageModel | Endpoint, *, conversations: int = 320, general_share: float | None = 0.0, context: int = 512,
@@ -895,7 +901,7 @@ def spoken(run: Run, teacher: LanguageModel | Endpoint, *, conversations: int = 
     """
     if not (number := _number_of(general_share, teacher, conversations)): return []
     def make(folder: Path, scratch: Path) -> None:
-        file = _earlier_answers(scratch, run.folder/'spoken', run.folder/'general-chats', *_shipped_answers(teacher))
+        file = _said_to_itself(run, teacher, scratch)
         chats, _ = general_chats(teacher, number, context, seed, file, thoughts)
         write_json(folder/'messages.json', [chat['messages'] for chat in chats if not chat['problem']])
         shutil.copy(file, folder/'answers.jsonl')

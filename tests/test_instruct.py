@@ -847,6 +847,18 @@ def test_what_is_said_before_a_student_has_its_tokens_is_not_asked_again(curious
         run, Endpoint('http://localhost:1/v1', 'no/such-model'), **asked | dict(general_share=None))
 
 
+def test_more_that_was_said_before_a_cut_is_not_asked_again_by_a_stage_that_had_some(curious, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(instruct, '_HELD_OUT', 4)
+    asked, settings = dict(context=128, general_share=0.5, seed=3), dict(teacher_answers=0, held_out=4)
+    run, respond, drawn = Run(tmp_path/'run'), instruct.respond, []
+    monkeypatch.setattr(instruct, 'respond', lambda *a, **k: drawn.append(respond(*a, **k)) or drawn[-1])
+    for number in (8, 16):
+        instruct.spoken(run, curious, conversations=number, **asked)
+        drawn.clear()
+        prepare(run, corpus, curious, conversations=number, **asked, **settings)
+        assert bool(drawn) == (number == 8)  # of the second, both those for training and those held out have been said
+
+
 @pytest.mark.parametrize('share', [-0.1, 1.0, 2.0])
 def test_a_share_that_is_none_is_refused(share, curious, corpus, tmp_path):
     with pytest.raises(InputError, match=f'general_share is {share}; give at least 0'):
