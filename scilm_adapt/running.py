@@ -265,7 +265,9 @@ def _kernel() -> Iterator[object]:
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_core.utils import run_sync
     manager = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-    quiet = ['--IPKernelApp.log_level=ERROR', '--HistoryManager.hist_file=:memory:']
+    # Two of its threads may read one socket when a cell is interrupted; what is then logged, with a traceback, is of no use to anybody.
+    hush = "import logging; logging.getLogger('tornado.general').setLevel(logging.CRITICAL)"
+    quiet = ['--IPKernelApp.log_level=ERROR', f'--IPKernelApp.exec_lines={hush}', '--HistoryManager.hist_file=:memory:']
     seen = dict(COLUMNS=str(shutil.get_terminal_size().columns))     # bars as wide as this terminal, and no word on widgets it lacks
     seen['PYTHONWARNINGS'] = ','.join(filter(None, [os.environ.get('PYTHONWARNINGS'), 'ignore:IProgress not found']))
     run_sync(manager.start_kernel)(extra_arguments=quiet, env=MALLOC | os.environ | seen)

@@ -191,6 +191,12 @@ def test_a_kernel_that_does_not_start(notebook, tmp_path, monkeypatch):
         running.run_notebook(notebook(DONE), {}, tmp_path/'out')
 
 
+def test_what_the_kernel_logs_of_its_own_messages_is_not_shown(notebook, tmp_path, capfd):
+    logs = "import logging; logging.getLogger('tornado.general').error('Uncaught exception')"
+    running.run_notebook(notebook(logs, DONE), {}, tmp_path/'out')
+    assert 'Uncaught' not in capfd.readouterr().err
+
+
 STUBBORN = '''
 import os, subprocess, sys, time
 child = subprocess.Popen(['sleep', '300'])
