@@ -7,6 +7,7 @@ __all__ = ['locks', 'UNFINISHED', 'PALETTE', 'ranks', 'exchanged', 'from_first',
            'drop_scratch', 'code_version', 'stage', 'survey', 'rng', 'figure_theme']
 
 # %% ../nbs/02_runs.ipynb #a7d61580
+import atexit
 import os
 import platform
 import re
@@ -69,6 +70,12 @@ def _unlock(folder: str | Path) -> None:
 _alone = ContextVar('alone', default=False)  # whether this process now works by itself, whatever the others do
 
 
+def _part_in_order() -> None:
+    "Leave the other processes when the program ends; torch's threads that still listen to them then may abort it after all is done."
+    from torch import distributed
+    if distributed.is_initialized(): distributed.destroy_process_group()
+
+
 def _joined() -> bool:
     "Whether this process works with others. Those that were launched together (RANK and WORLD_SIZE say so) meet when this is first asked."
     launched = 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', '1')) > 1
@@ -80,6 +87,7 @@ def _joined() -> bool:
         cards, here = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK', '0'))
         if 0 < cards <= here: raise InputError(f'{here + 1} processes were started on a machine with {cards} cards; start one for each.')
         PartialState(cpu=not cards or os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true')
+        atexit.register(_part_in_order)
     return torch.distributed.is_initialized()
 
 
