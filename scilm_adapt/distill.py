@@ -21,7 +21,7 @@ import torch
 from . import recipe as recipes
 from .alignment import AlignedTeacher, Teacher, TrainingData
 from .collapse import CollapseMonitor, collapse_monitor
-from .divergence import Head, counterpart_of, divergences, head_of, make_divergence, sparse_loss
+from .divergence import Head, counterpart_of, head_of, make_divergence, sparse_loss
 from .endpoint import Endpoint
 from .errors import InputError, say
 from .files import contents, drop, sweep, write_json
@@ -161,7 +161,7 @@ class Recipe(recipes.Recipe):
     "How stage 2 is done. A `Weight` is a number, or a pair: its value at the first step and at the last."
     steps: int = 40                    # optimiser steps
     learning_rate: float = 0.0001      # its peak; about 1e-5 for models of a billion weights and more
-    divergence: str | None = None      # of student and teacher, options as in 'jsd beta=0.1' (none = jsd, or forward_kl if it cannot tell)
+    divergence: str | None = None      # of student and teacher, options as in 'jsd beta=0.1' (none = forward_kl, if it tells any)
     temperature: float = 1.0           # of both distributions
     divergence_weight: Weight = 1.0    # of that distance (0 = learn the answers' own words only, without asking the teacher)
     answer_weight: Weight = 0.5        # of the answers' own words, beside what the teacher would have said
@@ -279,14 +279,6 @@ def make_teacher(source: LanguageModel | Endpoint | Teacher | None, student: Lan
     teacher = ShiftedTeacher(LiveTeacher(source), student, base, alpha) if recipe.shift else LiveTeacher(source)
     return RecordedTeacher(teacher, recipe.cache) if recipe.cache else teacher
 
-
-def _usual_divergence(teacher: Teacher) -> str:
-    "The divergence for a recipe that names none: the Jensen-Shannon one, or forward KL, which is then said, where it cannot be had."
-    if not teacher.sparse: return 'jsd'
-    usual = next(name for name in ('jsd', 'forward_kl') if teacher.sparse in divergences[name].sparse)
-    print(f'  {teacher.called} cannot tell jsd: the divergence is {usual}', flush=True)
-    return usual
-
 # %% ../nbs/48_distill.ipynb #f1dcfd6b
 def with_chat(student: LanguageModel, teacher: LanguageModel | None) -> LanguageModel:
     "The same model with a tokenizer of its own that has what stage 2 needs, such as a chat template, see `preflight.repair`."
@@ -378,7 +370,7 @@ def resolved(student: LanguageModel, source: LanguageModel | Endpoint | Teacher 
     """
     recipe = recipe_of(Recipe, settings)
     teacher = make_teacher(source, student, recipe, base)
-    if recipe.divergence is None: recipe = replace(recipe, divergence=_usual_divergence(teacher))
+    if recipe.divergence is None: recipe = replace(recipe, divergence='forward_kl')  # which every kind of teacher can tell
     recipe.check(student)
     teacher.check(recipe)
     return recipe, teacher

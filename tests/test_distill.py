@@ -20,11 +20,11 @@ from scilm_adapt.distill import (
     _questions_of,
     _records_at,
     _turn_at,
-    _usual_divergence,
     _weight_at,
     batch_maker,
     distil_loss,
     make_teacher,
+    resolved,
     train,
 )
 from scilm_adapt.divergence import Divergence, dense_loss, divergences
@@ -695,16 +695,17 @@ def test_the_key_holds_the_resolved_divergence_and_not_how_it_is_computed(studen
     assert replace(recipe, micro_batch=1, gradient_checkpointing=True, trackers='x').key() == recipe.key()
 
 
-def test_one_function_makes_every_kind_of_teacher(student, teacher, capsys):
+def test_one_function_makes_every_kind_of_teacher(student, teacher):
+    "And each can tell the divergence of a recipe that names none."
     def made(source=teacher, **settings):
-        recipe = Recipe(**SETTINGS | dict(divergence=None) | settings)
-        found = make_teacher(source, student, recipe, base=student)
-        return found, _usual_divergence(found)
+        return make_teacher(source, student, Recipe(**SETTINGS | dict(divergence=None) | settings), base=student)
     stranger = build(train_tokenizer([document(paper) for paper in PAPERS], 300), hidden=32, layers=1, name='stranger')
-    kinds = [(made(), 'LiveTeacher', 'jsd'), (made(shift=0.5), 'ShiftedTeacher', 'jsd'), (made(cache=4), 'RecordedTeacher', 'forward_kl'),
-             (made(stranger), 'AlignedTeacher', 'jsd'), (made(Endpoint('http://127.0.0.1:9/v1')), 'ServerTeacher', 'forward_kl'),
-             (made(None, divergence_weight=0.0), 'NoTeacher', 'jsd'), (made(mine := Teacher()), 'Teacher', 'jsd')]
-    assert [(type(found).__name__, usual) for (found, usual), _, _ in kinds] == [(name, usual) for _, name, usual in kinds]
-    assert made(mine)[0] is mine and made(divergence_weight=0.0)[0].local is teacher
-    assert [found.local is not None for (found, _), _, _ in kinds] == [True, True, True, True, False, False, False]
-    assert capsys.readouterr().out.count('cannot tell jsd: the divergence is forward_kl') == 2
+    kinds = [(made(), 'LiveTeacher'), (made(shift=0.5), 'ShiftedTeacher'), (made(cache=4), 'RecordedTeacher'),
+             (made(stranger), 'AlignedTeacher'), (made(Endpoint('http://127.0.0.1:9/v1')), 'ServerTeacher'),
+             (made(None, divergence_weight=0.0), 'NoTeacher'), (made(mine := Teacher()), 'Teacher')]
+    assert [type(found).__name__ for found, _ in kinds] == [name for _, name in kinds]
+    assert made(mine) is mine and made(divergence_weight=0.0).local is teacher
+    assert [found.local is not None for found, _ in kinds] == [True, True, True, True, False, False, False]
+    assert all(not found.sparse or found.sparse in divergences['forward_kl'].sparse for found, _ in kinds)
+    for source, settings in ((teacher, {}), (teacher, dict(cache=4)), (stranger, {})):
+        assert resolved(student, source, None, SETTINGS | dict(divergence=None) | settings)[0].divergence == 'forward_kl'

@@ -423,7 +423,7 @@ def test_a_server_teaches_a_run_from_its_address_on(server, tmp_path, capsys):
     capsys.readouterr()
     distilled = distill.train(run, student, far, chats, corpus, **STEPS)
     said, folder = capsys.readouterr().out, run.folder/'models'/'distilled'
-    assert 'a server cannot tell jsd: the divergence is forward_kl' in said and 'its answers alone are learnt' in said
+    assert 'its answers alone are learnt' in said
     history = json.loads((folder/'history.json').read_text())
     assert len(history) == 2 and {'answers', 'retention'} <= history[0].keys() and 'distil' not in history[0]
     config = json.loads((folder/'manifest.json').read_text())['config']

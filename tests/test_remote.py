@@ -300,7 +300,7 @@ def test_a_server_that_tells_probabilities_teaches_a_run_by_them(teacher, studen
         address = f'{server.endpoint.url}#m'
         distilled = train(run, student, address, chats, corpus, **steps)
         asked, said = len(server.asked), capsys.readouterr().out
-        assert 'a server cannot tell jsd: the divergence is forward_kl' in said and 'targets from m' in said
+        assert 'targets from m' in said
         again = train(run, student, address, chats, corpus, **steps)
         assert len(server.asked) == asked and weights_hash(again.model) == weights_hash(distilled.model) != weights_hash(student.model)
     with Server(teacher, 'silent') as server, pytest.raises(InputError, match='gives no probabilities'):
