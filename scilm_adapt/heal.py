@@ -33,6 +33,7 @@ class Recipe(recipes.Recipe):
     steps: int = 200                   # optimiser steps
     learning_rate: float = 0.0005      # its peak: high, since much has to move
     layers: int | None = None          # layers that are left of the student (none = all)
+    neurons: int | None = None         # neurons that are left in each of these layers (none = all)
     vocabulary: int | None = None      # tokens that are left, of those that the texts use (none = all that the tokenizer has)
     conversation_share: float = 0.5    # of the tokens that are read, those of conversations that the whole model had with itself
     divergence: str = 'forward_kl'     # of what is left from the whole model
@@ -41,7 +42,7 @@ class Recipe(recipes.Recipe):
     @property
     def cuts(self) -> bool:
         "Whether anything is cut."
-        return self.layers is not None or self.vocabulary is not None
+        return any(left is not None for left in (self.layers, self.neurons, self.vocabulary))
 
     def check(self, student: LanguageModel) -> None:
         "InputError, naming the setting to change, for what cannot be done with this student."
@@ -58,21 +59,25 @@ def cut(run: Run, lm: LanguageModel, teacher: object, corpus: Corpus, conversati
     """What the recipe of these `settings` leaves of a model, as the stage models/shrunk; the whole model with the same tokens; and the
     teacher, with the same tokens, too, if it is a model that is here and has them among its own (see `through`).
 
-    Influence is measured on the training splits; tokens stay for their use there and in `conversations`, in the share that healing reads.
+    Influence is measured on the training splits; tokens and neurons stay for their use there and in `conversations`, in the share that
+    healing reads.
     A recipe that cuts nothing leaves the model as it came, and makes no stage.
     """
     recipe = recipe_of(Recipe, settings)
     texts = [document(record) for part in (corpus.science, corpus.general) for record in part['train']]
     if not recipe.cuts: return lm, lm, through(teacher, lm, texts) if isinstance(teacher, LanguageModel) else teacher
     def make(folder: Path) -> None:
-        small = shrink(lm, texts, recipe.layers, recipe.vocabulary, conversations, recipe.conversation_share, context=recipe.context)
+        small = shrink(lm, texts, recipe.layers, recipe.vocabulary, conversations, recipe.conversation_share, recipe.neurons,
+                       context=recipe.context)
         print(f'  {small}', flush=True)
         save(small.lm, folder)
-        write_json(folder/'shrunk.json', dict(kept=small.kept, dropped=small.dropped, influence=small.influence.tolist(),
-                                              parameters=small.parameters, tokens_a_text=small.tokens_a_text))
+        write_json(folder/'shrunk.json', dict(kept=small.kept, dropped=small.dropped, neurons=small.neurons,
+                                              influence=small.influence.tolist(), parameters=small.parameters,
+                                              tokens_a_text=small.tokens_a_text))
     say(f'shrink: {lm.name}')
     config = dict(model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer), layers=recipe.layers,
                   vocabulary=recipe.vocabulary, context=recipe.context)
+    if recipe.neurons is not None: config |= dict(neurons=recipe.neurons)
     if conversations: config |= dict(conversations=content_hash([*conversations]), share=recipe.conversation_share)
     folder = stage(run, 'models/shrunk', config, make, [corpus.folder])
     small = replace(load(folder, next(lm.model.parameters()).device), name='shrunk')

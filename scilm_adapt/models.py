@@ -476,14 +476,16 @@ def save(lm: LanguageModel, folder: str | Path, dtype: torch.dtype | None = None
     return folder
 
 
-def save_deltas(lm: LanguageModel, folder: str | Path, base: str, layers: list[int], tokens: list[int], rank: int) -> Path:
+def save_deltas(lm: LanguageModel, folder: str | Path, base: str, layers: list[int], tokens: list[int], rank: int,
+                neurons: list[list[int]] = ()) -> Path:
     """Write to `folder` what a model takes beyond the model called `base`, of which `layers` and `tokens` stayed; `load` opens it.
 
-    What was learnt since is kept with this `rank`, see `write_deltas`: exact for what adapters of that rank learnt, in 16 bits.
+    `neurons` are those that stayed in each of these layers, if any left. What was learnt since is kept with this `rank`, see
+    `write_deltas`: exact for what adapters of that rank learnt, in 16 bits.
     """
     folder = _free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_deltas(folder, lm.model.state_dict(), load(base, 'cpu').model.state_dict(), base, layers, tokens, rank)
+    write_deltas(folder, lm.model.state_dict(), load(base, 'cpu').model.state_dict(), base, layers, tokens, rank, neurons)
     for part in (lm.model.config, lm.model.generation_config, lm.tokenizer): part.save_pretrained(folder)
     return folder
 

@@ -1,19 +1,20 @@
 """A model that was cut out of another one and healed, kept as what it takes beyond it, and opened again."""
 import copy
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from world import reader, sentence
+from world import of_family, reader, sentence
 
-from scilm_adapt.deltas import base_of, factors, read_deltas, write_deltas
+from scilm_adapt.deltas import base_of, factors, narrowed, read_deltas, write_deltas
 from scilm_adapt.errors import InputError
 from scilm_adapt.generate import chat_prompt, respond
 from scilm_adapt.models import LanguageModel, load, parameter_count, same_vocabulary, save, save_deltas, tiny, weights_hash
 from scilm_adapt.recipe import lora
-from scilm_adapt.shrink import cut_vocabulary, drop_layers, kept_tokens, through
+from scilm_adapt.shrink import cut_neurons, cut_vocabulary, drop_layers, kept_tokens, neuron_influence, through
 from scilm_adapt.tokens import encode_document
 from scilm_adapt.training import document_nats
 
@@ -76,6 +77,43 @@ def test_a_healed_model_is_opened_again(family, tmp_path):
     save(again, tmp_path/'plain')  # a model like any other
     assert weights_hash(load(tmp_path/'plain', 'cpu').model) == weights_hash(again.model)
     assert through(load(tmp_path/'whole', 'cpu'), again).tokenizer.get_vocab() == again.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'phi3'])
+def test_a_narrower_model_is_opened_again(family, tmp_path):
+    "Layers, tokens and neurons are gone; two matrices in one (phi3), matrices on their side (gpt2); exact where nothing was learnt."
+    depth = dict(n_layer=4) if family == 'gpt2' else dict(num_hidden_layers=4)
+    whole = of_family(family, reader(TEXTS, size=500).tokenizer, **depth)
+    save(replace(whole, model=whole.model.float()), tmp_path/'whole')
+    shallow, layers, tokens = cut(load(tmp_path/'whole', 'cpu'))
+    width = neuron_influence(shallow, [TEXTS[0]['text']]).shape[1]
+    neurons = [[*range(n, width, 3)][:width//4] for n in range(3)]
+    small = cut_neurons(shallow, neurons)
+    save_deltas(small, tmp_path/'untrained', str(tmp_path/'whole'), layers, tokens, 1, neurons)
+    assert weights_hash(load(tmp_path/'untrained', 'cpu').model) == weights_hash(small.model)
+    healed = trained(small, 3)
+    save_deltas(healed, tmp_path/'small', str(tmp_path/'whole'), layers, tokens, 3, neurons)
+    again, learnt = load(tmp_path/'small', 'cpu'), healed.model.state_dict()
+    for name, tensor in again.model.state_dict().items(): torch.testing.assert_close(tensor, learnt[name], rtol=2e-3, atol=2e-4)
+    assert any((tensor != small.model.state_dict()[name]).any() for name, tensor in learnt.items()), 'nothing was learnt'
+
+
+def test_a_folder_written_before_layers_could_be_narrower_opens_as_before(whole, tmp_path):
+    "It held the number of rows of each matrix and no neurons."
+    save(whole, tmp_path/'whole')
+    small, layers, tokens = cut(whole)
+    healed = trained(small, 2)
+    save_deltas(healed, tmp_path/'small', str(tmp_path/'whole'), layers, tokens, rank=2)
+    expected, file = weights_hash(load(tmp_path/'small', 'cpu').model), tmp_path/'small'/'deltas.json'
+    about = json.loads(file.read_text())
+    about.pop('neurons')
+    file.write_text(json.dumps(about | dict(rows={name: shape[0] for name, shape in about.pop('shapes').items()})))
+    assert weights_hash(load(tmp_path/'small', 'cpu').model) == expected
+
+
+@pytest.mark.parametrize('shape', [(5, 2), (4, 1), (4, 3, 1), (4, 3)])
+def test_a_shape_that_no_choice_of_neurons_gives_is_no_part(shape):
+    with pytest.raises(ValueError): narrowed(torch.zeros(4, 3), shape, [0, 1])
 
 
 def test_what_did_not_change_takes_no_room_and_comes_back_exactly(whole, tmp_path):

@@ -16,6 +16,7 @@ from scilm_adapt.models import LanguageModel, parameter_count, same_vocabulary, 
 from scilm_adapt.papers import Corpus, document
 from scilm_adapt.recipe import recipe_of
 from scilm_adapt.runs import Run
+from scilm_adapt.shrink import check_cut, neuron_influence
 from scilm_adapt.tokens import batch_rows, encode_chat, end_of_turn
 
 TEXTS = [dict(id=str(n), title=sentence(n, 3), text=f'{sentence(n + 50, 12)} {sentence(n + 80, 9)}') for n in range(30)]
@@ -77,6 +78,22 @@ def test_layers_alone_leave_the_tokens(whole, corpus, tmp_path):
     teacher = reader(TEXTS, layers=3, size=500, seed=7)
     _, small, beside, taught = halves(whole, corpus, tmp_path, teacher, vocabulary=None)
     assert beside is whole and taught is teacher and small.model.config.num_hidden_layers == 2
+
+
+def test_neurons_go_by_what_texts_and_conversations_use_of_them(whole, corpus, tmp_path):
+    said = [chat['messages'] for chat in CHATS]
+    settings = SETTINGS | dict(layers=None, vocabulary=None, neurons=20)
+    run = Run(tmp_path/'run')
+    small, beside, _ = cut(run, whole, None, corpus, said, **settings, conversation_share=0.8)
+    about = json.loads((run.folder/'models'/'shrunk'/'shrunk.json').read_text())
+    texts = [document(record) for record in [*corpus.science['train'], *corpus.general['train']]]
+    writes = neuron_influence(whole, texts, said, 0.8, context=48)
+    assert about['neurons'] == np.sort(np.argsort(-writes, kind='stable')[:, :20]).tolist() and small.model.config.intermediate_size == 20
+    assert parameter_count(small.model) == about['parameters'][1] < parameter_count(whole.model) and beside is whole
+    healed = train(run, small, beside, corpus, CHATS, **settings)
+    assert healed.model.config.intermediate_size == 20 and weights_hash(healed.model) != weights_hash(small.model)
+    fewer = cut(run, whole, None, corpus, said, **settings | dict(neurons=10), conversation_share=0.8)[0]
+    assert fewer.model.config.intermediate_size == 10, 'another number makes another cut'
 
 
 def test_with_nothing_to_cut_nothing_is_done(whole, corpus, tmp_path):
@@ -142,10 +159,19 @@ def test_bad_settings_are_named(settings, said, whole, corpus, tmp_path):
     with pytest.raises(InputError, match=said): train(Run(tmp_path/'run'), whole, whole, corpus, CHATS, **SETTINGS | settings)
 
 
-@pytest.mark.parametrize('settings, said', [(dict(layers=9), 'layers is 9'), (dict(layers=0), 'layers is 0'), (dict(vocabulary=5), '5')])
+@pytest.mark.parametrize('settings, said', [(dict(layers=9), 'layers is 9'), (dict(layers=0), 'layers is 0'), (dict(vocabulary=5), '5'),
+                                            (dict(neurons=10**6), 'neurons is 1000000'), (dict(neurons=0), 'neurons is 0')])
 def test_a_cut_that_cannot_be_is_refused(settings, said, whole, corpus, tmp_path):
     with pytest.raises(InputError, match=said): cut(Run(tmp_path/'run'), whole, None, corpus, **SETTINGS | settings)
     assert not (tmp_path/'run'/'models'/'shrunk').exists()
+
+
+def test_a_run_says_what_cannot_be_cut_before_the_teacher_is_asked(whole):
+    for given, said in (dict(layers=9), 'layers is 9'), (dict(tokens=5), '5 tokens are too few'), (dict(neurons=0), 'neurons is 0'):
+        with pytest.raises(InputError, match=said): check_cut(whole, **given)
+    whole.model.is_quantized = True
+    check_cut(whole)  # nothing is to go
+    with pytest.raises(InputError, match='is quantised'): check_cut(whole, layers=2)
 
 
 def test_a_setting_of_another_stage_is_unknown():

@@ -9,7 +9,7 @@ from pathlib import Path
 import papermill
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from world import Serve
 
 from scilm_adapt import cli, contrast, distill, evaluate, instruct, models, report, runs
@@ -94,8 +94,9 @@ def test_a_run_cuts_its_student_out_of_a_model_heals_it_and_rehearses(texts, tmp
     preset = dict(student='zoo:teacher', teacher='zoo:teacher', papers=str(texts['papers']), general=str(texts['tales']), context=128,
                   batch_size=4, conversations=24, turns=2, teacher_answers=0, general_share=0.6, documents=4, questions=2,
                   interpolation=0.5)
-    preset |= {'heal.layers': 4, 'heal.vocabulary': 1500, 'heal.steps': 2, 'contrast.steps': 1, 'contrast.anchor_weight': 0.1,
-               'contrast.replay_share': 0.25, 'distil.steps': 1, 'distil.read_questions': True, 'distil.probe_every': 0}
+    preset |= {'heal.layers': 4, 'heal.neurons': 100, 'heal.vocabulary': 1500, 'heal.steps': 2, 'contrast.steps': 1,
+               'contrast.anchor_weight': 0.1, 'contrast.replay_share': 0.25, 'distil.steps': 1, 'distil.read_questions': True,
+               'distil.probe_every': 0}
     (tmp_path/'small.yaml').write_text(yaml.safe_dump(preset))
     done = scilm(tmp_path, 'run', '-f', 'small.yaml', '-o', 'mine')
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,6 +109,7 @@ def test_a_run_cuts_its_student_out_of_a_model_heals_it_and_rehearses(texts, tmp
     assert all(found[name]['teacher_kl']['value'] > 0 and found[name]['general_answers'] for name in ('base', 'contrast', 'distilled'))
     sizes = {name: len(AutoTokenizer.from_pretrained(tmp_path/'mine'/'models'/name)) for name in ('base', 'distilled', 'teacher')}
     assert len({*sizes.values()}) == 1 and sizes['teacher'] <= 1500
+    assert AutoConfig.from_pretrained(tmp_path/'mine'/'models'/'distilled').intermediate_size == 100
     assert 'about anything' in (tmp_path/'mine'/'models'/'distilled'/'README.md').read_text()
 
 

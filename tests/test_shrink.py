@@ -23,7 +23,17 @@ from scilm_adapt.alignment import PLAIN as TEMPLATE
 from scilm_adapt.decoding import DECODERS
 from scilm_adapt.errors import InputError
 from scilm_adapt.models import LanguageModel, context_of, distance, load, parameter_count, same_vocabulary, save, tiny
-from scilm_adapt.shrink import block_influence, cut_tokenizer, cut_vocabulary, drop_layers, influence_figure, kept_tokens, shrink
+from scilm_adapt.shrink import (
+    block_influence,
+    cut_neurons,
+    cut_tokenizer,
+    cut_vocabulary,
+    drop_layers,
+    influence_figure,
+    kept_tokens,
+    neuron_influence,
+    shrink,
+)
 from scilm_adapt.tokens import control_tokens, encode, encode_chat, encode_document, encode_many, end_of_turn, train_tokenizer
 
 ENGLISH = ['Heat flows from warm bodies to cold ones, and never back by itself.', 'Light is a wave and light is a particle.',
@@ -168,6 +178,112 @@ def test_a_layer_that_does_nothing_has_no_influence_and_goes_first():
     bars = influence_figure(small.influence, small.dropped).axes[0].patches
     shown = sorted((bar.get_x() + bar.get_width()/2, bar.get_height()) for bar in bars)
     np.testing.assert_allclose(shown, [*enumerate(small.influence)], atol=1e-12)
+
+
+# --- width ------------------------------------------------------------------------------------------------------------------------
+
+# experts, half of a setting, states in place of neurons, a multiple of another size, a rounded number
+NO_NEURONS = dict(mixtral='in layer 0 are 0 matrices', recurrent_gemma='in layer 0 are 0 matrices', xlstm='in layer 0 are 0 matrices',
+                  mamba='in layer 0 are 2 matrices', mamba2='none of its settings', bloom='none of its settings',
+                  mpt='none of its settings', lfm2='none of its settings')
+
+
+def reading(block: nn.Module, width: int) -> nn.Module:
+    "The one module of a block that reads its neurons, found by its size."
+    found = [module for module in block.modules() if type(module).__name__ == 'Conv1D' and module.weight.shape[0] == width or
+             isinstance(module, nn.Linear) and module.weight.shape[1] == width]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize('name', [name for name in FAMILIES if name not in NO_NEURONS])
+def test_a_family_can_have_narrower_layers(tmp_path, name):
+    "What is left is what the full model computes when the others are silent; it can be saved, opened and trained."
+    lm, ids, chance = deep(name), encode_document(TOKENIZER, ' '.join(TEXTS))[:60], np.random.default_rng(3)
+    writes = neuron_influence(lm, TEXTS, context=48)
+    assert writes.shape[0] == len(blocks_of(lm)) and np.isfinite(writes).all() and writes.min() >= 0
+    width = writes.shape[1]
+    kept = [sorted(chance.permutation(width)[:width//3].tolist()) for _ in writes]
+    cut = cut_neurons(lm, kept)
+    def silent(some: list[int]): return lambda module, args: (args[0]*torch.isin(torch.arange(width), torch.tensor(some)), *args[1:])
+    with ExitStack() as stack:
+        for block, some in zip(blocks_of(lm), kept):
+            stack.enter_context(reading(block, width).register_forward_pre_hook(silent(some)))
+        expected = logits(lm, ids)
+    assert distance(logits(cut, ids), expected) < close(lm) and distance(expected, logits(lm, ids)) > 1e-3
+    gone = sum(reading(block, width).weight[:, :1].numel() for block in blocks_of(lm))
+    assert parameter_count(cut.model) < parameter_count(lm.model) - gone
+    opened = load(save(cut, tmp_path/'cut'), 'cpu', dtype=lm.model.dtype)
+    assert distance(logits(opened, ids), expected) < 1e-6 and type(opened.model) is type(lm.model)
+    assert not {p.data_ptr() for p in cut.model.parameters()} & {p.data_ptr() for p in lm.model.parameters()}
+
+
+@pytest.mark.parametrize('name', NO_NEURONS)
+def test_a_family_without_neurons_of_its_own_is_refused(name):
+    said = refusal(cut_neurons, deep(name), [[0]])
+    assert said.startswith(f"The neurons of '{name}' cannot be told apart: {NO_NEURONS[name]}") and 'another family.' in said
+
+
+@pytest.mark.parametrize('name', ['llama', 'phi3', 'gpt2', 'opt', 'falcon_h1'])
+def test_a_neurons_influence_is_how_much_it_writes(name):
+    "Each document alone, as a plain loop; no filling counts; of conversations so many as make up their share."
+    lm, seen = deep(name), []
+    chats = [[dict(role='user', content=ENGLISH[n]), dict(role='assistant', content=RUSSIAN[n])] for n in range(3)]*20
+    block = blocks_of(lm)[1]
+    width = neuron_influence(lm, TEXTS[:1]).shape[1]
+    reader = reading(block, width)
+    with reader.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, width))):
+        read = sum(len(ids) for text in TEXTS if (ids := encode_document(TOKENIZER, text)) is not None and logits(lm, ids) is not None)
+        said = 0
+        for messages in chats:
+            if said >= read: break
+            ids = encode_chat(TOKENIZER, messages)[0]
+            logits(lm, ids)
+            said += len(ids)
+    columns = reader.weight.T if type(reader).__name__ == 'Conv1D' else reader.weight
+    expected = [(torch.cat(seen)[:, n].square().mean().sqrt()*columns[:, n].norm()).item() for n in range(width)]
+    np.testing.assert_allclose(neuron_influence(lm, TEXTS, chats, 0.5, context=96, rows=2)[1], expected, rtol=1e-6)
+
+
+def test_neurons_that_do_nothing_go_first_and_layers_keep_their_own():
+    lm, chance = tiny(TEXTS, layers=4), np.random.default_rng(0)
+    width = lm.model.config.intermediate_size
+    dead = [sorted(chance.permutation(width)[:10].tolist()) for _ in range(4)]
+    for layer, some in zip(lm.model.model.layers, dead): layer.mlp.down_proj.weight.data[:, some] = 0
+    small = shrink(lm, TEXTS, neurons=width - 10)
+    assert small.neurons == [[n for n in range(width) if n not in some] for some in dead] and small.dropped == []
+    ids = encode_document(lm.tokenizer, TEXTS[0])
+    assert distance(logits(small.lm, ids), logits(lm, ids)) < 1e-6 and f'{width - 10} neurons in each' in str(small)
+    both = shrink(lm, TEXTS, layers=2, neurons=width - 10, tokens=400)
+    assert both.neurons == [small.neurons[n] for n in range(4) if n not in both.dropped]
+    assert parameter_count(both.lm.model) == both.parameters[1] and 'neurons' not in str(shrink(lm, TEXTS, layers=2))
+
+
+def test_neurons_that_only_conversations_use_stay_for_them():
+    "A neuron that is loud at control tokens of a template alone."
+    lm = tiny(TEXTS, layers=2)
+    chats = [[dict(role='user', content=text), dict(role='assistant', content=text)] for text in TEXTS]
+    alone, both = neuron_influence(lm, TEXTS), neuron_influence(lm, TEXTS, chats, 0.9)
+    assert not np.allclose(alone, both)
+    share = [shrink(lm, TEXTS, neurons=8, conversations=chats, conversation_share=part).neurons for part in (0.01, 0.9)]
+    expected = np.sort(np.argsort(-both, kind='stable')[:, :8]).tolist()
+    assert share[1] == expected and share[0] != share[1]
+
+
+@pytest.mark.parametrize('kept, said', [([[0]], 'for each of the 2 layers'), ([[0], [0, 1]], 'equally many'),
+                                        ([[0], [999]], 'equally many'), ([[], []], "neurons is 0, and each layer of 'tiny' has")])
+def test_neurons_that_are_not_there_are_refused(kept, said):
+    lm = tiny(TEXTS, layers=2)
+    assert said in refusal(cut_neurons, lm, kept)
+    lm.model.is_quantized = True
+    assert "'tiny' is quantised" in refusal(cut_neurons, lm, [[0], [0]])
+
+
+def test_a_wrong_guess_at_the_neurons_is_noticed(monkeypatch):
+    "Of two matrices in one, the second's rows are taken where the first's should be."
+    from scilm_adapt import shrink as module
+    monkeypatch.setattr(module, 'narrowed', lambda tensor, shape, neurons: tensor[tuple(slice(size) for size in shape)])
+    assert 'the rest would compute something else' in refusal(cut_neurons, deep('phi3'), [[*range(10, 20)]]*4)
 
 
 # --- vocabulary -------------------------------------------------------------------------------------------------------------------
@@ -417,7 +533,8 @@ def test_a_model_is_shrunk_and_the_teacher_read_through_the_same_cut(tmp_path):
 def test_what_is_not_asked_for_stays():
     lm = tiny(TEXTS, layers=3)
     small = shrink(lm, TEXTS)
-    assert small.dropped == [] and small.lm is lm and small.kept == [*range(len(lm.tokenizer))] and '0.0% longer' in str(small)
+    assert small.dropped == [] and small.neurons == [] and small.lm is lm
+    assert small.kept == [*range(len(lm.tokenizer))] and '0.0% longer' in str(small)
     assert shrink(lm, TEXTS, tokens=len(lm.tokenizer)).kept == kept_tokens(lm.tokenizer, TEXTS)
     few = shrink(lm, TEXTS, tokens=len(lm.tokenizer), probe=2)  # all texts say which tokens are used, and two how much layers do
     np.testing.assert_array_equal(few.influence, block_influence(lm, [TEXTS[0], TEXTS[-1]]))
@@ -425,7 +542,9 @@ def test_what_is_not_asked_for_stays():
 
 
 @pytest.mark.parametrize('given, said', [(dict(layers=4), "layers is 4, and 'tiny' has 3; set how many remain, from 1 to 3."),
-                                         (dict(layers=0), "layers is 0, and 'tiny' has 3"), (dict(tokens=9), '9 tokens are too few')])
+                                         (dict(layers=0), "layers is 0, and 'tiny' has 3"),
+                                         (dict(neurons=999), "neurons is 999, and each layer of 'tiny' has"),
+                                         (dict(neurons=0), 'neurons is 0'), (dict(tokens=9), '9 tokens are too few')])
 def test_what_cannot_remain_is_said_before_any_work(given, said, monkeypatch):
     lm = tiny(TEXTS, layers=3)
     monkeypatch.setattr(type(lm.model), 'forward', lambda *given, **named: pytest.fail('it is measured already'))
