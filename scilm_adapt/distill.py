@@ -34,7 +34,7 @@ from .remote import ServerTeacher, load_teacher, local_model
 from .rollouts import OnPolicy, ReplayBuffer, on_policy_batches, student_weight_at
 from .runs import Run, from_first, meet, ranks, stage
 from .teacher import LiveTeacher, OpenTeacher, ShiftedTeacher, addresses, build_cache, data_hash, open_cache
-from .tokens import USEFUL, Packed, asked_tokens, batch_rows, documents_in, pack, store_tokens
+from .tokens import USEFUL, Packed, asked_tokens, batch_rows, documents_in, end_of_turn, pack, store_tokens
 from .training import ON_POLICY, PAPERS, ROLLOUT, as_part, part_of, target_states
 
 # %% ../nbs/48_distill.ipynb #894a9304
@@ -81,11 +81,12 @@ def _turn_at(step: int, alternate: int) -> tuple[bool, bool, int]:
     return (False, True, rounds) if place == alternate else (True, False, step - rounds)
 
 # %% ../nbs/48_distill.ipynb #4b4f031f
-def _nll(states: torch.Tensor, head: Head, labels: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
-    "Negative log-likelihood (nats) of `labels` [N], from states [N, D] that predict them, summed and divided by `count`."
+def _nll(states: torch.Tensor, head: Head, labels: torch.Tensor, count: torch.Tensor | float | None = None,
+         weights: torch.Tensor | None = None) -> torch.Tensor:
+    "Negative log-likelihood (nats) of `labels` [N], from states [N, D], times `weights` [N] if given, summed and divided by `count`."
     everything = torch.ones(len(states), dtype=torch.bool, device=states.device)
-    one = torch.ones(1, device=states.device).expand(len(states), 1)
-    return sparse_loss(states, head, labels[:, None], one, everything, count=count, targets='sampled')
+    if weights is None: weights = torch.ones(1, device=states.device).expand(len(states))
+    return sparse_loss(states, head, labels[:, None], weights[:, None], everything, count=count, targets='sampled')
 
 
 Weight = float | tuple[float, float]
@@ -114,14 +115,15 @@ def _rows_of(batch: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
 def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', temperature: float = 1.0, retention_weight: Weight = 0.0,
                 answer_weight: Weight = 0.0, divergence_weight: Weight = 1.0, reference_weight: Weight = 0.0,
                 reference: Teacher | None = None, student_weight: float = 0.0, steps: int = 1, warm_up: int = 0,
-                alternate: int = 0) -> Callable:
+                alternate: int = 0, end: int | None = None, end_weight: float = 1.0) -> Callable:
     """The loss of stage 2 for `training.fit`: a function (model, batch) -> 'loss' and its parts in nats per token.
 
     'distil' is the divergence from `teacher`, see `make_divergence`; 'answers' the language-modelling loss on the answers' own tokens;
     'retention' that on the batch's PAPERS, 'reference' the KL from `reference` there; 'on_policy' the divergence's counterpart on the
     rows ON_POLICY, with `student_weight` its first weight. Weights are numbers or pairs, see `_weight_at`; parts of weight 0 are left
     out, and without a teacher (None) what it would judge. In the first `warm_up` steps only answers and papers are learnt. With
-    `alternate`, a step learns either from answers or from papers, see `_turn_at`.
+    `alternate`, a step learns either from answers or from papers, see `_turn_at`. Of the answers' own tokens those that are `end` count
+    `end_weight` times, where the teacher has a say.
     """
     divergence = make_divergence(divergence)
     counterpart = counterpart_of(divergence) if student_weight else None
@@ -144,7 +146,9 @@ def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', tempera
         if weights['distil']: parts['distil'] = teacher.loss(batch, states, head, divergence, temperature, batch['count'])
         if weights['answers']:  # its own words teach a student nothing
             given = ~batch['on_policy'][:, 1:][batch['loss_mask'][:, 1:]] if 'on_policy' in batch else slice(None)
-            parts['answers'] = _nll(states[given], head, labels[given], batch['count'])
+            own_words = labels[given]
+            counts = 1 + (end_weight - 1)*(own_words == end).float() if end is not None and weights['distil'] else None
+            parts['answers'] = _nll(states[given], head, own_words, batch['count'], counts)
         if weights['on_policy']:
             rows = _rows_of(batch, ON_POLICY)
             parts['on_policy'] = teacher.loss(rows, read(rows)[0], head, counterpart, temperature, rows['count'])
@@ -165,6 +169,7 @@ class Recipe(recipes.Recipe):
     temperature: float = 1.0           # of both distributions
     divergence_weight: Weight = 1.0    # of that distance (0 = learn the answers' own words only, without asking the teacher)
     answer_weight: Weight = 0.5        # of the answers' own words, beside what the teacher would have said
+    end_weight: float = 1.0            # how often the end of an answer counts among these: a teacher that would go on pulls against it
     retention_weight: Weight = 0.5     # of going on reading papers
     reference_weight: Weight = 0.0     # of staying near what the model of stage 1 says of these papers
     retention_rows: int | None = None  # rows of papers a step (none = as many as of conversations)
@@ -194,6 +199,8 @@ class Recipe(recipes.Recipe):
         if not self.authors or not {'paper', 'teacher'}.issuperset(self.authors):
             raise InputError(f"The authors of answers are '{' '.join(self.authors)}'; name paper, teacher, or both.")
         make_divergence(self.divergence)
+        if not 0 <= self.end_weight < math.inf:
+            raise InputError(f'end_weight is {self.end_weight}; give at least 0 (1 counts an end like any other word).')
         if self.on_policy.student_weight: counterpart_of(self.divergence)
 
     def _check_turns(self) -> None:
@@ -356,7 +363,7 @@ def _task_for(learner: LanguageModel, run: Run, recipe: Recipe, student: Languag
         return numbers | probed
     loss = distil_loss(data.teacher, recipe.divergence, recipe.temperature, recipe.retention_weight, recipe.answer_weight,
                        recipe.divergence_weight, recipe.reference_weight, LiveTeacher(student), policy.student_weight, recipe.steps,
-                       warm_up, recipe.alternate)
+                       warm_up, recipe.alternate, end_of_turn(student.tokenizer), recipe.end_weight)
     state = {name: part for name, part in dict(replay=replay, monitor=monitor).items() if part is not None}
     return Task(_batches(learner, data, packed, recipe, warm_up, replay, numbers), loss,
                 partial(_records_at, data, papers, packed, recipe), on_step_end, state)

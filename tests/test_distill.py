@@ -37,7 +37,7 @@ from scilm_adapt.recipe import lora
 from scilm_adapt.rollouts import OnPolicy, on_policy_batches
 from scilm_adapt.runs import Run
 from scilm_adapt.teacher import LiveTeacher, build_cache
-from scilm_adapt.tokens import asked_tokens, batch_rows, encode, encode_chat, encode_document, pack, train_tokenizer
+from scilm_adapt.tokens import asked_tokens, batch_rows, encode, encode_chat, encode_document, end_of_turn, pack, train_tokenizer
 from scilm_adapt.training import lm_loss, micro_batches, part_of, target_states
 
 PAPERS = [dict(id=str(n), title=sentence(n + 2000, 3), text=sentence(n + 3000, 12)) for n in range(40)]
@@ -129,6 +129,40 @@ def test_loss_is_the_sum_of_its_parts_as_defined(student, teacher):
         torch.testing.assert_close(parts['loss'], parts['distil'] + 0.3*parts['retention'] + 0.2*parts['answers'])
 
 
+@pytest.mark.parametrize('end_weight', [0.0, 1.0, 4.0])
+def test_the_end_of_an_answer_counts_as_often_as_is_said_where_a_teacher_has_a_say(student, teacher, end_weight):
+    student, teacher, end = exact(student), exact(teacher), end_of_turn(TOKENIZER)
+    batch = first_batch([conversation(number) for number in range(12)])
+    settings = dict(answer_weight=0.2, end=end, end_weight=end_weight)
+    with torch.no_grad():
+        parts = distil_loss(LiveTeacher(teacher), **settings)(student.model, batch)
+        states, labels = target_states(hidden_states(student.model, batch), batch)
+        logprobs = logits_of(student.model, states).log_softmax(-1)
+        alone, warming = (loss(student.model, batch)['answers'] for loss in (
+            distil_loss(None, **settings), distil_loss(LiveTeacher(teacher), **settings, warm_up=3)))
+    naive = sum(-logprobs[n, label].item()*(end_weight if label == end else 1) for n, label in enumerate(labels.tolist()))/len(labels)
+    assert (labels == end).sum() > 3 and parts['answers'].item() == pytest.approx(naive, rel=1e-12)
+    assert alone == warming == pytest.approx(-logprobs[range(len(labels)), labels].mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize('share', [0.2, 1/3, 0.8])
+@pytest.mark.parametrize('end_weight', [1.0, 4.0])
+def test_how_often_the_best_student_ends_is_as_written(share, end_weight):
+    "By descent on the probability of an end alone, against a teacher that never ends; forward KL, in float64."
+    logit = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([logit], max_iter=100, tolerance_grad=1e-12, tolerance_change=0)
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        goes_on, ends = -torch.nn.functional.logsigmoid(-logit), -torch.nn.functional.logsigmoid(logit)
+        value = (share*(goes_on + 0.5*end_weight*ends) + (1 - share)*1.5*goes_on).sum()  # KL to a teacher that goes on is -log(1 - Q)
+        value.backward()
+        return value
+    optimiser.step(loss)
+    expected = 0.5*end_weight*share/(0.5*end_weight*share + share + 1.5*(1 - share))
+    assert logit.sigmoid().item() == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(share/3 if end_weight == 1 else 4/3*share/(1 + share))
+
+
 def test_a_part_of_weight_zero_is_not_computed(student, teacher):
     batch = {name: value for name, value in first_batch([conversation(1)]).items() if not name.startswith('papers_')}
     assert distil_loss(LiveTeacher(teacher))(student.model, batch).keys() == {'loss', 'distil'}
@@ -206,6 +240,7 @@ def test_training_approaches_the_teacher(student, teacher, data, tmp_path):
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(divergence='kl'), "'kl' is no known divergence"), (dict(temperature=-1.0), 'temperature'),
     (dict(divergence='jsd beta=2'), 'beta is 2.0'),
+    (dict(end_weight=-1.0), 'end_weight is -1.0'),
     (dict(context=4096), 'context is 4096 tokens.*set context to at most'), (dict(context=8), 'None of the 20 conversations fits')])
 def test_what_cannot_work_is_refused_and_leaves_nothing(student, teacher, data, tmp_path, changes, message):
     with pytest.raises(InputError, match=message): train(Run(tmp_path/'run'), student, teacher, **data, **SETTINGS | changes)
