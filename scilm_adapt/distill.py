@@ -146,9 +146,8 @@ def distil_loss(teacher: Teacher | None, divergence: str = 'forward_kl', tempera
         if weights['distil']: parts['distil'] = teacher.loss(batch, states, head, divergence, temperature, batch['count'])
         if weights['answers']:  # its own words teach a student nothing
             given = ~batch['on_policy'][:, 1:][batch['loss_mask'][:, 1:]] if 'on_policy' in batch else slice(None)
-            own_words = labels[given]
-            counts = 1 + (end_weight - 1)*(own_words == end).float() if end is not None and weights['distil'] else None
-            parts['answers'] = _nll(states[given], head, own_words, batch['count'], counts)
+            counts = 1 + (end_weight - 1)*(labels[given] == end) if weights['distil'] and end is not None else None
+            parts['answers'] = _nll(states[given], head, labels[given], batch['count'], counts)
         if weights['on_policy']:
             rows = _rows_of(batch, ON_POLICY)
             parts['on_policy'] = teacher.loss(rows, read(rows)[0], head, counterpart, temperature, rows['count'])
