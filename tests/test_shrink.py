@@ -233,8 +233,9 @@ def test_a_neurons_influence_is_how_much_it_writes(name):
     width = neuron_influence(lm, TEXTS[:1]).shape[1]
     reader = reading(block, width)
     with reader.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, width))):
-        read = sum(len(ids) for text in TEXTS if (ids := encode_document(TOKENIZER, text)) is not None and logits(lm, ids) is not None)
-        said = 0
+        documents = [encode_document(TOKENIZER, text) for text in TEXTS]
+        read, said = sum(map(len, documents)), 0
+        for ids in documents: logits(lm, ids)
         for messages in chats:
             if said >= read: break
             ids = encode_chat(TOKENIZER, messages)[0]
@@ -259,8 +260,7 @@ def test_neurons_that_do_nothing_go_first_and_layers_keep_their_own():
     assert parameter_count(both.lm.model) == both.parameters[1] and 'neurons' not in str(shrink(lm, TEXTS, layers=2))
 
 
-def test_neurons_that_only_conversations_use_stay_for_them():
-    "A neuron that is loud at control tokens of a template alone."
+def test_conversations_have_their_share_in_which_neurons_stay():
     lm = tiny(TEXTS, layers=2)
     chats = [[dict(role='user', content=text), dict(role='assistant', content=text)] for text in TEXTS]
     alone, both = neuron_influence(lm, TEXTS), neuron_influence(lm, TEXTS, chats, 0.9)
