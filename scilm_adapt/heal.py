@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'cut', 'healing_rows', 'train']
 
 # %% ../nbs/49_heal.ipynb #7a1b0004
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -23,7 +23,7 @@ from .recipe import Task, recipe_of, train_stage
 from .runs import Run, rng, stage
 from .shrink import shrink, through
 from .teacher import LiveTeacher
-from .tokens import USEFUL, Packed, batch_rows, encode_chat, encode_documents, pack, tokenizer_hash
+from .tokens import USEFUL, Packed, batch_rows, encode_chat, encode_documents, pack, tokenizer_hash, up_to
 from .training import target_states
 
 # %% ../nbs/49_heal.ipynb #7a1b0007
@@ -95,19 +95,9 @@ def healing_rows(tokenizer: object, texts: Sequence[str], chats: Sequence[dict],
         raise InputError(f'conversation_share is {share}, and there are no conversations about anything; set general_share above 0, or '
                          f'heal.conversation_share to 0.')
     order = rng('heal', recipe.seed).permutation(len(texts))
-    read = _up_to(encode_documents(tokenizer, (texts[n] for n in order)), recipe.steps*recipe.batch_size*recipe.context*(1 - share))
-    said = _up_to(cycle(talks), sum(map(len, read))*share/(1 - share))
+    read = up_to(encode_documents(tokenizer, (texts[n] for n in order)), recipe.steps*recipe.batch_size*recipe.context*(1 - share))
+    said = up_to(cycle(talks), sum(map(len, read))*share/(1 - share))
     return pack(said + read, recipe.context, share=USEFUL)
-
-
-def _up_to(documents: Iterable[list[int]], tokens: float) -> list[list[int]]:
-    "The first documents (token ids), up to the one with which they have so many tokens."
-    found, room = [], tokens
-    for ids in documents:
-        if room <= 0: break
-        found.append(ids)
-        room -= len(ids)
-    return found
 
 # %% ../nbs/49_heal.ipynb #7a1b000d
 def train(run: Run, small: LanguageModel, whole: LanguageModel, corpus: Corpus, chats: Sequence[dict] = (), parents: Sequence[Path] = (),

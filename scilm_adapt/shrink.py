@@ -32,7 +32,7 @@ from .errors import InputError, progress_bar
 from .models import (LanguageModel, at_rest, distance, habits, hidden_states, parameter_count, rounding_error,
                                 short_documents)
 from .runs import figure_theme
-from .tokens import control_tokens, encode, encode_documents, encode_stream, lay_out, pack
+from .tokens import control_tokens, encode, encode_documents, encode_stream, lay_out, pack, up_to
 
 # %% ../nbs/27_shrink.ipynb #2a12da17
 _FIRST = 'first_k_dense_replace', 'num_dense_layers'  # settings that say how many of the first blocks are of another kind
@@ -328,10 +328,7 @@ def neuron_influence(lm: LanguageModel, texts: Sequence[str], conversations: Ite
     _check_texts(texts)
     readers, documents = _inside(lm).readers, [*encode_documents(lm.tokenizer, texts)]
     room = sum(map(len, documents))*conversation_share/(1 - conversation_share)
-    for messages in conversations:
-        if room <= 0: break
-        documents.append(lay_out(lm.tokenizer, messages)[0])
-        room -= len(documents[-1])
+    documents += up_to((lay_out(lm.tokenizer, messages)[0] for messages in conversations), room)
     columns = torch.stack([_columns(reader).detach().double().norm(dim=0).cpu() for reader in readers])
     sums, seen = torch.zeros_like(columns), torch.zeros(len(readers), 1, dtype=torch.float64)
     def note(number: int, real: Callable) -> Callable:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT_END', 'TURN_START', 'TURN_END', 'THOUGHTS', 'USEFUL', 'train_tokenizer', 'control_tokens', 'encode_stream',
-           'encode_many', 'encode', 'document_ends', 'encode_documents', 'encode_document', 'named_templates',
+           'encode_many', 'encode', 'document_ends', 'encode_documents', 'encode_document', 'up_to', 'named_templates',
            'parse_options', 'set_options', 'mark', 'apply_template', 'render', 'opening', 'Place', 'lay_out',
            'encode_chat', 'asked_tokens', 'end_of_turn', 'settled', 'Tokens', 'write_tokens', 'read_tokens',
            'reading_of', 'tokenizer_hash', 'store_tokens', 'spread_tokens', 'best_fit', 'Packed', 'runs', 'pack',
@@ -134,6 +134,16 @@ def encode_documents(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
 def encode_document(tokenizer, text: str) -> list[int]:
     "Token ids of a whole document: start, content, end."
     return next(encode_documents(tokenizer, [text]))
+
+
+def up_to(documents: Iterable[list[int]], tokens: float) -> list[list[int]]:
+    "The first documents (token ids), up to the one with which they have so many tokens."
+    found, room = [], tokens
+    for ids in documents:
+        if room <= 0: break
+        found.append(ids)
+        room -= len(ids)
+    return found
 
 # %% ../nbs/18_tokens.ipynb #ea699a1f
 _DAY = '2025-01-01'  # what a chat template that asks for the time is told
