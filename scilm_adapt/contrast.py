@@ -8,11 +8,10 @@ __all__ = ['choices', 'Recipe', 'mixed_rows', 'chosen', 'check_choices', 'chaine
 
 # %% ../nbs/33_contrast.ipynb #82df0bb8
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 
 from . import preference as preferences
 from . import recipe as recipes
-from .errors import InputError, nearest, progress_bar, say
+from .errors import InputError, nearest, say
 from .files import write_json
 from .geometry import check_margin, probe, token_contrast, token_pairs, token_weight, weight_reason
 from .mistakes import Ditto, Mistakes, check_ditto, check_mistakes, ditto_batch, ditto_loss, mistakes_loss
@@ -35,7 +34,7 @@ from .preference import Pair, Preference, check_preference, preference_batch, pr
 from .recipe import Task, recipe_of, train_stage
 from .related import chain_starts, orders, reading_order, some_chains
 from .runs import Run, rng, stage
-from .tokens import (USEFUL, Packed, Tokens, batch_rows, document_ends, documents_in, encode, encode_stream, pack, read_tokens,
+from .tokens import (USEFUL, Packed, Tokens, batch_rows, document_ends, documents_in, encode, pack, read_tokens,
                                 reading_of, store_tokens, write_tokens)
 from .training import document_nats, exact, lm_loss, target_states
 
@@ -151,15 +150,14 @@ def check_choices(recipe: object) -> None:
                          f"them back.")
 
 # %% ../nbs/33_contrast.ipynb #85673e59
-def chained(papers: Tokens, starts: np.ndarray, tokenizer: object) -> Iterator[list[int]]:
+def chained(contents: Iterable[list[int]], starts: np.ndarray, tokenizer: object) -> Iterator[list[int]]:
     """Token ids of chains as whole documents: start, the contents of its papers with blank lines between, end.
 
-    `papers` are contents in the order of reading, chain c those from `starts[c]` to `starts[c + 1]`, see `related.chain_starts`.
+    `contents` come in the order of reading, chain c those from `starts[c]` to `starts[c + 1]`, see `related.chain_starts`.
     """
-    (first, last), between = document_ends(tokenizer), encode(tokenizer, '\n\n')
-    for begin, end in pairwise(starts.tolist()):
-        contents = [papers.ids[papers.starts[n]:papers.starts[n + 1]].tolist() for n in range(begin, end)]
-        yield [first, *contents[0], *(i for content in contents[1:] for i in (*between, *content)), last]
+    (first, last), between, contents = document_ends(tokenizer), encode(tokenizer, '\n\n'), iter(contents)
+    for papers in np.diff(starts).tolist():
+        yield [first, *next(contents), *(i for content in islice(contents, papers - 1) for i in (*between, *content)), last]
 
 
 @dataclass(frozen=True)
@@ -176,15 +174,13 @@ class _Chains:
 def _chained_rows(run: Run, recipe: Recipe, tokenizer: object, corpus: Corpus, papers: Sequence[dict]) -> tuple[Packed, _Chains]:
     "The rows of the papers in chains, whose tokens are the stage 'chained-tokens', and what stands for these in an error."
     order, joined, parent = reading_order(run, corpus, recipe.chain_order, recipe.seed)
-    vocabulary, between = 1 + max(tokenizer.get_vocab().values()), len(encode(tokenizer, '\n\n'))
+    alone, between = store_tokens(run, 'tokens', map(document, papers), tokenizer, [corpus.folder]), len(encode(tokenizer, '\n\n'))
     def make(folder: Path) -> None:
-        texts = (document(papers[int(number)]) for number in progress_bar(order, 'tokenising', 'text'))
-        with tempfile.TemporaryDirectory() as aside:
-            write_tokens(aside, encode_stream(tokenizer, texts), vocabulary)
-            contents = read_tokens(aside)
-            starts = chain_starts(joined, np.diff(contents.starts) + between, recipe.chain, recipe.context - 2 + between)
-            starts = some_chains(starts, recipe.chain_share, recipe.seed)
-            write_tokens(folder, chained(contents, starts, tokenizer), vocabulary)
+        sizes = np.diff(alone.starts)[order] - 2 + between  # without what begins and ends a document
+        starts = chain_starts(joined, sizes, recipe.chain, recipe.context - 2 + between)
+        starts = some_chains(starts, recipe.chain_share, recipe.seed)
+        contents = (alone.ids[alone.starts[n] + 1:alone.starts[n + 1] - 1].tolist() for n in order)
+        write_tokens(folder, chained(contents, starts, tokenizer), 1 + max(tokenizer.get_vocab().values()))
         np.save(folder/'chains.npy', starts)
     config = dict(reading=reading_of(tokenizer), chain=recipe.chain, share=recipe.chain_share, context=recipe.context)
     folder = stage(run, 'chained-tokens', config, make, [parent])
