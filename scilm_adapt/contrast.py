@@ -47,9 +47,9 @@ class Recipe(recipes.Recipe):
     pairs_weight: float = 0.0          # of telling apart which texts belong together, beside reading; 0.1 makes a finder (0 = none of it)
     token_weight: float | None = 0.0   # of pushing the tokens of a text apart (none = 1 or 0, by what a probe of the student finds)
     preference_weight: float = 0.0     # of telling how papers go on from how they do not
-    chain: int = 1                     # related papers read in one go, each in view of those before it, as far as a row holds them
-    chain_order: str = 'related'       # which papers stand in a chain: related ones or, as the control, random ones
-    chain_share: float = 1.0           # of the chains; the papers of the others are read each for itself
+    chain: int = 5                     # papers read in one go, each in view of those before it, as far as a row holds them (1 = each alone)
+    chain_order: str = 'random'        # which papers stand in a chain: random or related ones
+    chain_share: float = 0.25          # of the chains; the papers of the others are read each for itself
     replay_share: float = 0.0          # share of the rows that are general text, so that it is not forgotten (0 = papers only)
     replay_choice: str = 'random'      # which general text is replayed: any, or what a scout forgot most
     paper_choice: str = 'random'       # which papers are read where not all are: any, or those that a scout learnt most from
@@ -146,8 +146,8 @@ def check_choices(recipe: object) -> None:
         raise InputError(f"replay_choice is '{recipe.replay_choice}' and nothing is replayed; set replay_share above 0, or replay_choice "
                          f"to random.")
     if choices[recipe.paper_choice] and recipe.chain > 1:
-        raise InputError(f"paper_choice is '{recipe.paper_choice}' and chain is {recipe.chain}, which goes through all papers; set one of "
-                         f"them back.")
+        raise InputError(f"paper_choice is '{recipe.paper_choice}' and chain is {recipe.chain}, which goes through all papers; set chain "
+                         f"to 1, or paper_choice to random.")
 
 # %% ../nbs/33_contrast.ipynb #85673e59
 def chained(contents: Iterable[list[int]], starts: np.ndarray, tokenizer: object) -> Iterator[list[int]]:
@@ -258,7 +258,7 @@ def batch_maker(packed: Packed, recipe: Recipe, pairs_at: Callable[[int], dict] 
 # %% ../nbs/33_contrast.ipynb #c48b3b2c
 def _scout(run: Run, recipe: Recipe, student: LanguageModel, corpus: Corpus) -> LanguageModel:
     "The student after as many steps of reading alone, by which texts are chosen."
-    plain = Recipe(**{one.name: getattr(recipe, one.name) for one in fields(recipes.Recipe)})
+    plain = Recipe(**{one.name: getattr(recipe, one.name) for one in fields(recipes.Recipe)}, chain=1)
     def make(learner: LanguageModel, folder: Path, scratch: Path) -> Task: return _task_for(learner, plain, run, student, corpus, folder)
     return train_stage(run, 'scout', plain, student, make, {}, [corpus.folder], 'scout')
 
