@@ -59,7 +59,8 @@ def real() -> list[str]:
         f"On real papers and with more time, `make real PAPERS={config['papers']}`: abstracts of arXiv in computer science, of which "
         f"stage 1 reads {read/1e6:.1f} million tokens, and {config['distil.steps']} steps of stage 2 (seed {config['seed']}; "
         f"{config['documents']} held-out texts of each kind and {config['questions']} questions; the student is the one that the package "
-        f"had then, of the same size, whose tokens had been chosen for documentation alone; and stage 2 measured the distance by jsd).",
+        f"had then, of the same size, whose tokens had been chosen for documentation alone; papers were read one by one, and stage 2 "
+        f"measured the distance by jsd).",
         report.table(metrics).to_markdown(), report.promises(metrics).to_markdown(index=False), ' '.join(said)]
 
 
