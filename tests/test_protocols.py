@@ -82,7 +82,7 @@ def test_what_keeps_general_abilities_is_held_against_the_line_that_costs_nothin
     scope = executed('keeping', small | texts | dict(out_dir=str(out)), {})
     assert 'scilm: run complete' in capsys.readouterr().out and (out/'keeping.png').exists()
     kept = json.loads((out/'keeping.json').read_text(encoding='utf-8'))
-    assert kept['claims'].keys() == {'replay', 'anchor', 'replay and anchor', 'LoRA'}
+    assert kept['claims'].keys() == {'replay', 'anchor', 'replay and anchor', 'LoRA', 'slower LoRA'}
     assert kept['means'].keys() == kept['table'].keys() == {*scope['arms'], 'untouched', 'keeping 0.25', 'keeping 0.5', 'keeping 0.75'}
     science = {name: about['science_bpb'] for name, about in kept['means'].items()}
     assert science['reading'] < science['keeping 0.5'] < science['untouched']
