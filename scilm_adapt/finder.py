@@ -26,7 +26,7 @@ from .contrast import Recipe as Reading, batch_maker, contrast_loss
 from .errors import InputError, nearest, progress_bar, say
 from .files import read_json, write_json
 from .generate import after_title
-from .models import LanguageModel, hidden_states, weights_hash
+from .models import LanguageModel, hidden_states, reads_in_16_bits, weights_hash
 from .pairs import POOLINGS, Together, gathered, vectors_of
 from .papers import Corpus, document
 from .recipe import Task, recipe_of, train_stage
@@ -99,12 +99,14 @@ def text_states(lm: LanguageModel, texts: Iterable[str], length: int = 128, batc
                 description: str = 'states') -> torch.Tensor:
     "The mean input embedding and the mean last state of the first `length` tokens of each text, [texts, 2D], in 32 bits on the processor."
     ids = [some[:length] or [0] for some in encode_many(lm.tokenizer, (text[:16*length] for text in texts))]
+    order = torch.tensor([*map(len, ids)]).argsort(stable=True)  # rows of like length together: less to fill up
     device, found = next(lm.model.parameters()).device, []
-    for at in progress_bar(range(0, len(ids), batch_size), description, 'batch'):
-        batch = {name: values.to(device) for name, values in pad(ids[at:at + batch_size], 0).items()}
-        both = lm.model.get_input_embeddings()(batch['input_ids']), hidden_states(lm.model, batch)
-        found.append(torch.cat([POOLINGS['mean'](states, batch['attention_mask']) for states in both], -1).float().cpu())
-    return torch.cat(found)
+    for some in progress_bar(order.split(batch_size), description, 'batch'):
+        batch = {name: values.to(device) for name, values in pad([ids[number] for number in some.tolist()], 0).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=reads_in_16_bits(lm.model)):
+            both = lm.model.get_input_embeddings()(batch['input_ids']), hidden_states(lm.model, batch)
+        found.append(torch.cat([POOLINGS['mean'](exact(states), batch['attention_mask']) for states in both], -1).float().cpu())
+    return torch.cat(found)[order.argsort()]
 
 
 class Head(nn.Module):
