@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 NOUNS = 'heat light sound gravity friction pressure salt iron water glass copper helium'.split()
 SIZES = dict(student='zoo:student', limit=0, seeds=2, context=128, batch_size=2, steps=2, documents=6, continued=8, again=4, skipped=4,
              before=2)
-INSIDE = dict(asked=4, near=2, far=1, window=64, drafts=2, judged_papers=12)  # what the second protocol of contrasts.ipynb sets itself
+INSIDE = dict(asked=4, near=2, far=1, window=64, drafts=2, judged_papers=12, characters=60)  # what cells below the parameters set
 
 
 def paper(number: int, kind: str) -> dict:
@@ -47,7 +47,7 @@ def executed(name: str, changes: dict, inside: dict) -> dict:
 
 
 @pytest.mark.parametrize('name, claims', [
-    ('chains', ['first', 'second']), ('view', ['tested', 'seeing']), ('contrasts', ['claimed', 'tested'])])
+    ('chains', ['first', 'second']), ('view', ['tested', 'seeing']), ('contrasts', ['claimed', 'tested']), ('writing', ['tested'])])
 def test_a_protocol_runs_and_its_verdicts_follow_from_its_numbers(tmp_path, texts, capsys, name, claims):
     scope = executed(name, SIZES | texts | dict(out_dir=str(tmp_path/'out')), INSIDE)
     assert 'scilm: run complete' in capsys.readouterr().out
