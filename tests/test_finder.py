@@ -14,7 +14,7 @@ from world import reader
 from scilm_adapt import cli
 from scilm_adapt import finder as module
 from scilm_adapt.errors import InputError
-from scilm_adapt.files import read_json, write_text
+from scilm_adapt.files import read_json, write_json, write_text
 from scilm_adapt.finder import (
     FUSIONS,
     LOSSES,
@@ -22,6 +22,9 @@ from scilm_adapt.finder import (
     Finder,
     Finding,
     Head,
+    answering_states,
+    asking_states,
+    better_head,
     candidates,
     check_finding,
     chosen_on_validation,
@@ -235,6 +238,33 @@ def test_a_text_has_the_same_states_in_any_company(student):
     assert torch.allclose(together, alone, atol=1e-5) and together.shape == (7, 64)
 
 
+def test_a_paper_is_known_by_its_title_and_as_a_whole_and_a_question_is_asked_of_both(student):
+    states = answering_states(student, [PAPERS[0], PAPERS[1] | dict(title=' ')], 16)
+    titles = text_states(student, [PAPERS[0]['title'], brief(PAPERS[1] | dict(title=' '))], 16)
+    assert states.shape == (2, 128) and torch.allclose(states[:, :64], titles, atol=1e-5)
+    assert torch.allclose(states[:1, 64:], text_states(student, [brief(PAPERS[0])], 16), atol=1e-5)
+    asked = asking_states(student, [PAPERS[0]['title']], 16)
+    assert torch.equal(asked[:, :64], asked[:, 64:]) and torch.allclose(asked[:, :64], states[:1, :64], atol=1e-5)
+
+
+@pytest.mark.parametrize('helps', [True, False])
+def test_a_head_is_kept_as_it_ends_only_where_that_finds_more_on_validation(helps):
+    draw, shapes = torch.Generator().manual_seed(1), dict(train=60, valid=40)
+    asking = {part: torch.randn(rows, 8, generator=draw) for part, rows in shapes.items()}
+    answering = {part: torch.randn(rows, 5, 8, generator=draw) for part, rows in shapes.items()}
+    settings = Finding(steps=150, learning_rate=0.03, size=16)
+    begun = trained_head(asking['train'], answering['train'], np.random.default_rng(0).random((60, 5)), Finding(steps=0, size=16))[0]
+    def gain(part, sign, turn):
+        answers = begun.vectors(answering[part].roll(turn, -1), 'answering')
+        return sign*torch.einsum('nd,nmd->nm', begun.vectors(asking[part], 'asking'), answers).detach().numpy()
+    # either the label is what the states do not say yet, or it is the opposite of what they rightly say
+    known = {part: gain(part, 1, 3) if helps else gain(part, 1 if part == 'valid' else -1, 0) for part in shapes}
+    head, about = better_head(asking, answering, known, np.zeros((40, 5)), settings)
+    assert about['learnt'] == helps and len(about['losses']) == 150*helps
+    assert helps or about['validation']['finder'] == pytest.approx(about['validation']['best'])
+    assert torch.equal(head.asking, begun.asking) != helps
+
+
 # --- searching
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 99))
@@ -296,17 +326,18 @@ def test_a_finder_is_kept_and_found_again_and_gains_serve_several_heads(world, s
     assert 'gains: already done' in capsys.readouterr().out
     prepare(run, student, corpus, SMALL)
     about = read_json(run.folder/'finder'/'finder.json')
-    assert about['validation'].keys() == {*WAYS, 'best', 'any'} and len(about['losses']) == SMALL.steps
+    assert about['validation'].keys() == {*WAYS, 'best', 'any'} and len(about['losses']) == SMALL.steps*about['learnt']
 
 
 def test_vectors_are_those_of_the_head_in_blocks_of_any_size(world, found, student, monkeypatch, tmp_path):
     monkeypatch.setattr(module, '_AT_ONCE', 7)
-    module.write_vectors(tmp_path/'v.npy', found.head, found.library, lambda some: text_states(student, map(brief, some), 32))
+    module.write_vectors(tmp_path/'v.npy', found.head, found.library, lambda some: answering_states(student, some, 32))
     assert np.allclose(np.load(tmp_path/'v.npy'), found.vectors, atol=2e-3) and len(found.vectors) == 40
 
 
 def test_another_models_finder_and_wrong_names_are_refused(world, found, student, tmp_path):
     run, _, library = world
+    about = read_json(run.folder/'finder'/'finder.json')
     other = copy.deepcopy(student)
     other.model.lm_head.weight.data += 1
     with pytest.raises(InputError, match="another model's.*make one for it, or find by tfidf"):
@@ -315,6 +346,10 @@ def test_another_models_finder_and_wrong_names_are_refused(world, found, student
         open_finder(run.folder/'finder', student, library, 'fusd')
     for nowhere in ('corpus', 'corpus/science.jsonl'):  # a folder that holds another thing, and a file
         with pytest.raises(InputError, match='is no finder; make one'): open_finder(run.folder/nowhere, student, library)
+    stage(before := Run(tmp_path/'before'), 'finder', {}, lambda folder: [  # as earlier versions wrote them
+        write_json(folder/'finder.json', {name: value for name, value in about.items() if name != 'learnt'}),
+        shutil.copy(run.folder/'finder'/'head.safetensors', folder)])
+    with pytest.raises(InputError, match='of an earlier version; make it anew'): open_finder(before.folder/'finder', student, library)
     shutil.copytree(run.folder/'finder', tmp_path/'spoilt')
     (tmp_path/'spoilt'/'finder.json').write_text('{')
     with pytest.raises(InputError, match='make it anew'): open_finder(tmp_path/'spoilt', student, library)
