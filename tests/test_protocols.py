@@ -47,7 +47,8 @@ def executed(name: str, changes: dict, inside: dict) -> dict:
 
 
 @pytest.mark.parametrize('name, claims', [
-    ('chains', ['first', 'second']), ('view', ['tested', 'seeing']), ('contrasts', ['claimed', 'tested']), ('writing', ['tested'])])
+    ('chains', ['first', 'second']), ('view', ['tested', 'seeing']), ('contrasts', ['claimed', 'tested']), ('writing', ['tested']),
+    ('finding', ['tested'])])
 def test_a_protocol_runs_and_its_verdicts_follow_from_its_numbers(tmp_path, texts, capsys, name, claims):
     scope = executed(name, SIZES | texts | dict(out_dir=str(tmp_path/'out')), INSIDE)
     assert 'scilm: run complete' in capsys.readouterr().out
