@@ -25,13 +25,13 @@ from .errors import InputError, say
 from .files import read_json, write_json
 from .finder import Head, fit_head, text_states
 from .generate import continuations, up_to_halt
-from .models import LanguageModel, hidden_states, logits_of, weights_hash
+from .models import LanguageModel, weights_hash
 from .papers import Corpus, document
 from .preference import Pair, Passage, passages, prompt_ids, sentence_parts, with_reference
 from .recipe import Task, recipe_of, train_stage
 from .runs import Run, key_of, rng, stage
 from .tokens import USEFUL, batch_rows, document_ends, pack, pad, store_tokens, tokenizer_hash
-from .training import exact
+from .training import exact, read_logits
 
 # %% ../nbs/35_judge.ipynb #jud00008
 def judge_loss(beginnings: torch.Tensor, continuations: torch.Tensor, wrong: torch.Tensor | None = None, there: torch.Tensor | None = None,
@@ -165,14 +165,21 @@ def open_judge(folder: str | Path, lm: LanguageModel) -> Judge:
     return Judge(lm, head.eval(), about['length'])
 
 # %% ../nbs/35_judge.ipynb #jud00017
+_ROWS = 16  # drafts whose logits are held at once
+
+
 @torch.inference_mode()
 def _likelihood(judge: Judge, model, ids: torch.Tensor, mask: torch.Tensor, new: torch.Tensor, texts: list, drafts: list) -> np.ndarray:
     "The mean log-likelihood (nats) of each draft's tokens by the model that wrote it."
     order = (mask == 0).long().argsort(dim=1, stable=True)  # filled up on the right, as plain reading wants it
     ids, mask, new = (values.gather(1, order) for values in (ids, mask, new))
-    logits = logits_of(model, hidden_states(model, dict(input_ids=ids, attention_mask=mask))[:, :-1]).float()
-    said = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]*new[:, 1:]
-    return (said.sum(1)/new.sum(1).clamp(min=1)).cpu().numpy()
+    said = []
+    for some in torch.arange(len(ids), device=ids.device).split(_ROWS):
+        logits, targets = read_logits(model, dict(input_ids=ids[some], attention_mask=mask[some], loss_mask=new[some].bool()))
+        rows = new[some, 1:].nonzero()[:, 0]
+        nats = F.cross_entropy(logits, targets, reduction='none')
+        said.append(-nats.new_zeros(len(some)).index_add(0, rows, nats)/new[some].sum(1).clamp(min=1))
+    return torch.cat(said).cpu().numpy()
 
 
 def _overlap(judge: Judge, model, ids: torch.Tensor, mask: torch.Tensor, new: torch.Tensor, texts: list, drafts: list) -> np.ndarray:

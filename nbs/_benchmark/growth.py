@@ -27,20 +27,25 @@ _COMMON = 'the of and to in is that for we with as by on are this from be which 
 
 # --- what a call needs
 
-def _tree(memory: bool) -> float:
-    "Bytes of memory, or seconds of the processor, of this process and those that it started."
-    found, me = 0.0, psutil.Process()
+def _memory() -> np.ndarray:
+    "Bytes of this process and those that it started: all (PSS), and what is their own, without pages of files that are mapped."
+    found, me = np.zeros(2), psutil.Process()
     for one in [me, *me.children(recursive=True)]:
-        try: found += one.memory_full_info().pss if memory else sum(one.cpu_times()[:2])
-        except (psutil.NoSuchProcess, psutil.AccessDenied): pass
+        try: lines = Path(f'/proc/{one.pid}/smaps_rollup').read_text().splitlines()[1:]
+        except OSError: continue
+        sizes = {name: int(rest.split()[0])*1024 for name, _, rest in (line.partition(':') for line in lines)}
+        found += sizes['Pss'], sizes['Pss_Anon']
     return found
 
 
 def measured(work: Callable[[], object]) -> dict:
-    "The 'seconds' of the processor, the 'wall' seconds and the 'MiB' at the peak, over what there was before, that `work` takes."
-    done, before, most = threading.Event(), _tree(memory=True), [0.0]
+    """What `work` takes: the 'seconds' of the processor, the 'wall' seconds, and the 'MiB' at the peak, over what there was before.
+
+    'own' are those MiB that are no pages of files, which the system takes back where it needs them.
+    """
+    done, before, most = threading.Event(), _memory(), np.zeros(2)
     def watch() -> None:
-        while not done.wait(0.05): most[0] = max(most[0], _tree(memory=True))
+        while not done.wait(0.05): most[:] = np.maximum(most, _memory())
     watcher = threading.Thread(target=watch)
     watcher.start()
     start, used = time.perf_counter(), time.process_time()
@@ -51,7 +56,8 @@ def measured(work: Callable[[], object]) -> dict:
         watcher.join()
     after = psutil.Process().cpu_times()
     children = after.children_user + after.children_system - ended.children_user - ended.children_system
-    return dict(seconds=time.process_time() - used + children, wall=time.perf_counter() - start, MiB=max(most[0] - before, 4096)/2**20)
+    MiB, own = (np.maximum(most - before, 4096)/2**20).tolist()
+    return dict(seconds=time.process_time() - used + children, wall=time.perf_counter() - start, MiB=MiB, own=own)
 
 
 # --- documents
