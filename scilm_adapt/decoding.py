@@ -25,6 +25,27 @@ from .models import (at_rest, before_head, context_of, distance, habits, hidden_
                                 short_documents)
 
 # %% ../nbs/25_decoding.ipynb #b536340f
+_LIKELY = 1024  # tokens that are sorted at first: nearly always enough, and a tenth of the time that sorting 50,000 takes
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    "Which tokens of probabilities [..., V] are in the smallest set of likeliest ones that together reach `top_p`; of equals the first."
+    flat = probabilities.reshape(-1, probabilities.shape[-1])
+    left, least, number = torch.arange(len(flat), device=flat.device), flat.new_empty(len(flat), 1), flat.new_empty(len(flat), 1).long()
+    for size in (min(_LIKELY, flat.shape[-1]), flat.shape[-1]):
+        values = flat[left].topk(size).values
+        before = values.cumsum(-1) - values
+        inside = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+        enough = (inside[:, 0] < size) | (size == flat.shape[-1])
+        number[left[enough]], least[left[enough]] = inside[enough], values.gather(-1, inside - 1)[enough]
+        left = left[~enough]
+        if not len(left): break
+    kept, equal = flat > least, flat == least
+    missing = number - kept.sum(-1, keepdim=True)
+    if (equal.sum(-1, keepdim=True) > missing).any(): equal &= equal.cumsum(-1) <= missing
+    return (kept | equal).view(probabilities.shape)
+
+
 def next_probabilities(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
     """Probabilities [..., V] of the next token for its logits [..., V]; temperature 0 puts everything on the likeliest one.
 
@@ -39,9 +60,8 @@ def next_probabilities(logits: torch.Tensor, temperature: float = 1.0, top_p: fl
         nucleus = next_probabilities(logits, temperature, top_p)*(kept > 0)
         return nucleus/nucleus.sum(-1, keepdim=True)
     if top_p == 1: return probabilities
-    values, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    values = values.masked_fill(values.cumsum(-1) - values >= top_p, 0)  # what comes before a token already reaches top_p
-    return torch.zeros_like(values).scatter(-1, order, values/values.sum(-1, keepdim=True))
+    kept = probabilities.masked_fill(~_nucleus(probabilities, top_p), 0)
+    return kept/kept.sum(-1, keepdim=True)
 
 # %% ../nbs/25_decoding.ipynb #29959989
 @contextmanager

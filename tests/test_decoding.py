@@ -2,10 +2,11 @@
 import inspect
 import math
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import nn
@@ -58,6 +59,19 @@ def test_probabilities_are_those_of_the_library(seed, temperature, top_p):
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))*3
     expected = TopPLogitsWarper(top_p)(None, logits/temperature) if top_p < 1 else logits/temperature
     assert torch.allclose(next_probabilities(logits, temperature, top_p), expected.softmax(-1), atol=1e-6)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 5), st.sampled_from([1, 2, 7, 60]), st.sampled_from([1e-9, 0.3, 0.5, 0.95, 0.999]), st.booleans(), st.integers(0, 99))
+def test_the_nucleus_is_that_of_a_whole_stable_sort_however_few_are_sorted_at_first(rows, words, top_p, equals, seed):
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 3, (rows, 2, words), generator=draw).float() if equals else 3*torch.randn(rows, 2, words, generator=draw)
+    values, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    values = values.masked_fill(values.cumsum(-1) - values >= top_p, 0)
+    wanted = torch.zeros_like(values).scatter(-1, order, values/values.sum(-1, keepdim=True))
+    for likely in (1, 3, 1024):
+        with patch.object(decoding, '_LIKELY', likely): found = next_probabilities(logits, 1.0, top_p)
+        assert torch.equal(found > 0, wanted > 0) and torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_the_nucleus_keeps_at_least_one_token_and_temperature_zero_the_likeliest():
