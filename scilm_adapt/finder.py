@@ -386,7 +386,7 @@ def prepare(run: Run, lm: LanguageModel, corpus: Corpus, settings: Finding = Fin
         save_file(head.state_dict(), folder/'head.safetensors')
         write_json(folder/'finder.json', about | dict(model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer),
                                                       length=settings.length))
-    config = asdict(settings) | dict(seed=seed, model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer))
+    config = asdict(settings) | dict(seed=seed, model=weights_hash(lm.model), tokenizer=tokenizer_hash(lm.tokenizer), states='title, whole')
     return open_finder(stage(run, 'finder', config, make, [run.folder/'gains']), lm, library, way)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'judge_loss', 'elsewhere', 'wrong_ones', 'Judging', 'check_judging', 'Judge', 'judge_head', 'prepare',
-           'open_judge', 'drafts_of', 'best_of', 'decoders_judged', 'judged_pairs', 'teach', 'auc_parts', 'told_apart',
-           'frontier', 'frontier_distance', 'histograms']
+           'open_judge', 'drafts_of', 'chosen_drafts', 'best_of', 'decoders_judged', 'judged_pairs', 'teach',
+           'auc_parts', 'told_apart', 'frontier', 'frontier_distance', 'histograms']
 
 # %% ../nbs/35_judge.ipynb #jud00005
 from collections.abc import Callable, Iterable, Sequence
@@ -225,6 +225,11 @@ def drafts_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, n: i
     return ids.unflatten(0, (-1, n)), scores
 
 
+def chosen_drafts(ids: torch.Tensor, scores: np.ndarray) -> torch.Tensor:
+    "Of drafts [B, n, L] the one with the highest of its scores [B, n] each: [B, L]."
+    return ids[torch.arange(len(ids)), torch.from_numpy(scores.argmax(1))]
+
+
 def best_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, judge: Judge, choice: str = 'judge', n: int = 4,
             temperature: float = 1.0, **settings: object) -> torch.Tensor:
     """Prompts [B, L] with the best of `n` drafts each by one of `CHOICES`: ids [B, L + new]; all else as in `decoding.sample`.
@@ -235,7 +240,7 @@ def best_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, judge:
     if n < 1: raise InputError(f'n is {n} drafts; set it to 1 or more.')
     if n > 1 and temperature == 0: raise InputError(f'At temperature 0 all of {n} drafts are the same; set temperature above 0, or n to 1.')
     ids, scores = drafts_of(model, input_ids, attention_mask, n, judge, [choice], temperature=temperature, **settings)
-    return ids[torch.arange(len(ids)), torch.from_numpy(scores[choice].argmax(1))]
+    return chosen_drafts(ids, scores[choice])
 
 
 def decoders_judged(judge: Judge, n: int = 4) -> dict[str, Callable[..., torch.Tensor]]:
