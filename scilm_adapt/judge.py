@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'judge_loss', 'elsewhere', 'wrong_ones', 'Judging', 'check_judging', 'Judge', 'judge_head', 'prepare',
-           'open_judge', 'drafts_of', 'chosen_drafts', 'best_of', 'decoders_judged', 'judged_pairs', 'teach',
-           'auc_parts', 'told_apart', 'frontier', 'frontier_distance', 'histograms']
+           'open_judge', 'drafts_of', 'chosen_drafts', 'best_of', 'decoders_judged', 'best_drafts', 'judged_pairs',
+           'teach', 'auc_parts', 'told_apart', 'frontier', 'frontier_distance', 'histograms']
 
 # %% ../nbs/35_judge.ipynb #jud00005
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from . import contrast
 from .decoding import DECODERS, sample
 from .duplicates import words
-from .errors import InputError, say
+from .errors import InputError, progress_bar, say
 from .files import read_json, write_json
 from .finder import Head, fit_head, text_states
 from .generate import continuations, up_to_halt
@@ -251,21 +251,39 @@ def decoders_judged(judge: Judge, n: int = 4) -> dict[str, Callable[..., torch.T
 _SHORTEST = 8  # tokens of a draft; of less, nothing can be said
 
 
+def _drafts_after(lm: LanguageModel, judge: Judge, found: Sequence[Passage], n: int, choices: Iterable[str], new_tokens: int,
+                  batch_size: int, seed: int) -> Iterator[tuple[Sequence[Passage], torch.Tensor, dict[str, np.ndarray]]]:
+    "Batch by batch the passages, `n` drafts by the model of how each goes on, ids [B, n, new], and their scores [B, n] by each choice."
+    end = document_ends(lm.tokenizer)[1]
+    for at in progress_bar(range(0, len(found), batch_size), 'drafts', 'batch'):
+        some = found[at:at + batch_size]
+        prompts = pad([prompt_ids(lm.tokenizer, passage) for passage in some], end, left=True)
+        generator = torch.Generator().manual_seed(int(rng('drafts', seed, at).integers(2**62)))
+        ids, scores = drafts_of(lm.model, *prompts.values(), n, judge, [*choices], eos_token_id=[end], max_new_tokens=new_tokens,
+                                generator=generator)
+        yield some, ids[:, :, prompts['input_ids'].shape[1]:], scores
+
+
+def best_drafts(lm: LanguageModel, judge: Judge, found: Sequence[Passage], n: int = 4, new_tokens: int = 48, batch_size: int = 16,
+                seed: int = 0) -> dict[str, list[str]]:
+    "For each of `CHOICES` the text of the draft that it takes for each passage; all choose from the same `n` drafts by the model."
+    texts = {choice: [] for choice in CHOICES}
+    for _, ids, scores in _drafts_after(lm, judge, found, n, CHOICES, new_tokens, batch_size, seed):
+        for choice, values in scores.items():
+            texts[choice] += [lm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in chosen_drafts(ids, values)]
+    return texts
+
+
 def judged_pairs(lm: LanguageModel, judge: Judge, found: Sequence[Passage], n: int = 4, new_tokens: int = 48, choice: str = 'judge',
                  batch_size: int = 16, seed: int = 0) -> list[Pair]:
     "Of `n` drafts by the model of how each passage goes on, the best before the worst by `choice`; without those too short or equal."
     end, pairs = document_ends(lm.tokenizer)[1], []
-    for at in range(0, len(found), batch_size):
-        some = found[at:at + batch_size]
-        prompts = [prompt_ids(lm.tokenizer, passage) for passage in some]
-        generator = torch.Generator().manual_seed(int(rng('judged', seed, at).integers(2**62)))
-        ids, scores = drafts_of(lm.model, *pad(prompts, end, left=True).values(), n, judge, [choice], eos_token_id=[end],
-                                max_new_tokens=new_tokens, generator=generator)
-        for passage, prompt, drafts, values in zip(some, prompts, ids[:, :, max(map(len, prompts)):].tolist(), scores[choice]):
+    for some, ids, scores in _drafts_after(lm, judge, found, n, [choice], new_tokens, batch_size, seed):
+        for passage, drafts, values in zip(some, ids.tolist(), scores[choice]):
             best, worst = (up_to_halt(drafts[place], [end])[0] for place in (values.argmax(), values.argmin()))
             size = min(len(best), len(worst))
             if size >= _SHORTEST and best[:size] != worst[:size]:
-                pairs.append(Pair(passage.paper, f'judged, {choice}', prompt, best[:size], worst[:size]))
+                pairs.append(Pair(passage.paper, f'judged, {choice}', prompt_ids(lm.tokenizer, passage), best[:size], worst[:size]))
     return pairs
 
 

@@ -18,6 +18,7 @@ from scilm_adapt.judge import (
     CHOICES,
     Judging,
     auc_parts,
+    best_drafts,
     best_of,
     check_judging,
     decoders_judged,
@@ -222,6 +223,15 @@ def test_a_judge_with_other_tokens_is_refused(student, judge, begun):
     other = reader(PAPERS[:3], context=128, size=300)
     with pytest.raises(InputError, match='take a judge that was made for this model'):
         best_of(other.model, *batch_of(student, begun).values(), judge=judge)
+
+
+def test_texts_of_all_choices_are_of_the_same_drafts(student, judge, begun):
+    texts = best_drafts(student, judge, begun, n=3, new_tokens=12, batch_size=4, seed=1)
+    assert texts.keys() == CHOICES.keys() and {len(some) for some in texts.values()} == {len(begun)}
+    assert texts == best_drafts(student, judge, begun, n=3, new_tokens=12, batch_size=4, seed=1)
+    assert len({*map(tuple, texts.values())}) > 1, 'all choices take the same draft of every passage'
+    alone = best_drafts(student, judge, begun, n=1, new_tokens=12, batch_size=4)
+    assert len({*map(tuple, alone.values())}) == 1 and alone != best_drafts(student, judge, begun, n=1, new_tokens=12, batch_size=4, seed=1)
 
 
 # --- taught back
