@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from scilm_adapt import report
 from scilm_adapt.evaluate import VERDICTS, finding
 from scilm_adapt.files import read_json, write_json, write_text
@@ -15,7 +17,25 @@ from scilm_adapt.intervals import signed_interval
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT/'nbs'/'results'
-BLOCK = re.compile(r'(<!-- results: [^>]*-->\n).*(<!-- /results -->)', re.DOTALL)
+BLOCK = re.compile(r'(<!-- (\w+): written by nbs/_render/results\.py -->\n).*?(<!-- /\2 -->)', re.DOTALL)
+
+# Contrasts that a protocol asked about: what is contrasted, with which model and papers, the page, its claim's place in nbs/results, and
+# what its number counts (fewer is better).
+REAL, TOY, BITS, TOLD = 'the student', 'a toy', 'bits per byte', 'AUC of a classifier'
+CONTRASTS = (
+    ('a paper in view of others, as it is read', f'{REAL}, documentation', 'view', 'view-docs claims in_view', BITS),
+    ('the same', f'{REAL}, abstracts', 'view', 'view-arxiv claims in_view', BITS),
+    ('the same, of papers that are related', f'{REAL} as it was first, abstracts', 'chains', 'chains claim', BITS),
+    ('which paper helps to write this one: a finder', f'{REAL}, documentation', 'finding', 'finding claims finder', BITS),
+    ('the same, and whether learning from gains is it', f'{REAL}, documentation', 'finding', 'finding claims learnt', BITS),
+    ('which draft goes on like a paper: a judge', f'{REAL}, abstracts', 'writing', 'writing claims best_by_judge', TOLD),
+    ('words likelier after stage 1 than before it: contrastive decoding', f'{REAL}, abstracts', 'writing',
+     'writing claims contrastive_decoding', TOLD),
+    ('places with the same next word', f'{TOY}, abstracts', 'contrasts', 'contrasts claims next_token_0.1', BITS),
+    ('the right word and words said before', f'{TOY}, abstracts', 'contrasts', 'contrasts claims contrastive_token',
+     '4-grams that stood there before'),
+    ('rounds of a repeated sentence: DITTO', f'{TOY}, abstracts', 'contrasts', 'contrasts claims DITTO', '4-grams that stood there before'),
+    ('general text that a scout forgot most, replayed', f'{TOY}, abstracts', 'contrasts', 'contrasts second claims chosen_replay', BITS))
 
 
 def adopt(run_folder: str, name: str) -> None:
@@ -77,9 +97,26 @@ def readme_block() -> str:
         report.side_by_side(metrics)])
 
 
+def contrasts_block() -> str:
+    "What came out of the contrasts that a protocol asked about, a row each."
+    rows = []
+    for what, of, page, place, number in CONTRASTS:
+        name, *keys = place.split()
+        about = read_json(RESULTS/f'{name}.json')
+        for key in keys: about = about[key.replace('_', ' ') if key.replace('_', ' ') in about else key]
+        rows.append({'contrast': f'[{what}](nbs/{page}.ipynb)', 'of': of, 'number': number,
+                     'difference from what could take its credit (fewer is better)': '; '.join(
+                         f'{signed_interval(found)} against {control}' for control, found in about['differences'].items()),
+                     'verdict': about['verdict']})
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
+BLOCKS = dict(results=readme_block, contrasts=contrasts_block)
+
+
 def readme(text: str) -> str:
-    "The README's text with the block of results as it should be."
-    return BLOCK.sub(lambda match: f'{match[1]}\n{readme_block()}\n\n{match[2]}', text)
+    "The README's text with its blocks as they should be."
+    return BLOCK.sub(lambda match: f'{match[1]}\n{BLOCKS[match[2]]()}\n\n{match[3]}', text)
 
 
 if __name__ == '__main__':
