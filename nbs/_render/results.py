@@ -34,6 +34,8 @@ CONTRASTS = (
     ('places with the same next word', f'{TOY}, abstracts', 'contrasts', 'contrasts claims next_token_0.1', BITS),
     ('the right word and words said before', f'{TOY}, abstracts', 'contrasts', 'contrasts claims contrastive_token',
      '4-grams that stood there before'),
+    ('every word said before: unlikelihood', f'{TOY}, abstracts', 'contrasts', 'contrasts claims unlikelihood',
+     '4-grams that stood there before'),
     ('rounds of a repeated sentence: DITTO', f'{TOY}, abstracts', 'contrasts', 'contrasts claims DITTO', '4-grams that stood there before'),
     ('general text that a scout forgot most, replayed', f'{TOY}, abstracts', 'contrasts', 'contrasts second claims chosen_replay', BITS))
 
