@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['estimates', 'ratio_interval', 'difference_interval', 'rate_interval', 'rate_difference_interval', 'seeds_interval',
            'seeds_p_value', 'holm', 'documents_needed', 'claim', 'cost_of', 'judged', 'signed', 'signed_interval',
-           'told_cost', 'told', 'Subject', 'Metric']
+           'told_cost', 'told_differences', 'told', 'Subject', 'Metric']
 
 # %% ../nbs/03_intervals.ipynb #68cc933a
 import math
@@ -161,10 +161,15 @@ def told_cost(cost: dict) -> str:
     return f"{signed(100*cost['value'], 2)} %, up to {signed(100*cost['high'], 2)} %"
 
 
+def told_differences(about: dict, unit: str = '') -> str:
+    "The differences of a `claim` from its controls, such as '−0.010 [−0.015, −0.005] against reading'; `unit` follows the first."
+    return '; '.join(f'{signed_interval(interval)}{f" {unit}"*(not n and bool(unit))} against {control}'
+                     for n, (control, interval) in enumerate(about['differences'].items()))
+
+
 def told(name: str, about: dict, unit: str = '', documents: str = 'papers') -> str:
     "What may be said of one of the `judged` claims, out of its numbers; `unit` follows the first difference."
-    against = '; '.join(f'{signed_interval(interval)}{f" {unit}"*(not n and bool(unit))} against {control}'
-                        for n, (control, interval) in enumerate(about['differences'].items()))
+    against = told_differences(about, unit)
     if about['verdict'] != 'not shown': return f"{name}: {against}: {about['verdict']} (p = {about['holm']:.3f})."
     worse = [control for control, interval in about['differences'].items() if interval['low'] > 0]
     other = [control for control, interval in about['differences'].items() if interval['value'] >= 0]

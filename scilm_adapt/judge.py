@@ -202,7 +202,7 @@ def _by_chance(judge: Judge, model, ids: torch.Tensor, mask: torch.Tensor, new: 
 CHOICES: dict[str, Callable[..., np.ndarray]] = dict(judge=_judged, likelihood=_likelihood, overlap=_overlap, random=_by_chance)
 
 
-def drafts_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, n: int, judge: Judge, choices: Sequence[str],
+def drafts_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, n: int, judge: Judge, choices: Iterable[str],
               eos_token_id: int | list[int] | None = None, top_p: float = 0.95,
               **settings: object) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     """`n` drafts of each of B prompts, ids [B, n, L + new], see `decoding.sample`, and their scores [B, n] by each of `choices`.
@@ -252,23 +252,23 @@ _SHORTEST = 8  # tokens of a draft; of less, nothing can be said
 
 
 def _drafts_after(lm: LanguageModel, judge: Judge, found: Sequence[Passage], n: int, choices: Iterable[str], new_tokens: int,
-                  batch_size: int, seed: int) -> Iterator[tuple[Sequence[Passage], torch.Tensor, dict[str, np.ndarray]]]:
-    "Batch by batch the passages, `n` drafts by the model of how each goes on, ids [B, n, new], and their scores [B, n] by each choice."
+                  batch_size: int, seed: int) -> Iterator[tuple[Sequence[Passage], list[list[int]], torch.Tensor, dict[str, np.ndarray]]]:
+    "Batch by batch: passages, their prompts' ids, `n` drafts by the model of how each goes on [B, n, new], and scores [B, n] by choice."
     end = document_ends(lm.tokenizer)[1]
     for at in progress_bar(range(0, len(found), batch_size), 'drafts', 'batch'):
         some = found[at:at + batch_size]
-        prompts = pad([prompt_ids(lm.tokenizer, passage) for passage in some], end, left=True)
+        prompts = [prompt_ids(lm.tokenizer, passage) for passage in some]
         generator = torch.Generator().manual_seed(int(rng('drafts', seed, at).integers(2**62)))
-        ids, scores = drafts_of(lm.model, *prompts.values(), n, judge, [*choices], eos_token_id=[end], max_new_tokens=new_tokens,
-                                generator=generator)
-        yield some, ids[:, :, prompts['input_ids'].shape[1]:], scores
+        ids, scores = drafts_of(lm.model, *pad(prompts, end, left=True).values(), n, judge, choices, eos_token_id=[end],
+                                max_new_tokens=new_tokens, generator=generator)
+        yield some, prompts, ids[:, :, max(map(len, prompts)):], scores
 
 
 def best_drafts(lm: LanguageModel, judge: Judge, found: Sequence[Passage], n: int = 4, new_tokens: int = 48, batch_size: int = 16,
                 seed: int = 0) -> dict[str, list[str]]:
     "For each of `CHOICES` the text of the draft that it takes for each passage; all choose from the same `n` drafts by the model."
     texts = {choice: [] for choice in CHOICES}
-    for _, ids, scores in _drafts_after(lm, judge, found, n, CHOICES, new_tokens, batch_size, seed):
+    for *_, ids, scores in _drafts_after(lm, judge, found, n, CHOICES, new_tokens, batch_size, seed):
         for choice, values in scores.items():
             texts[choice] += [lm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in chosen_drafts(ids, values)]
     return texts
@@ -278,12 +278,12 @@ def judged_pairs(lm: LanguageModel, judge: Judge, found: Sequence[Passage], n: i
                  batch_size: int = 16, seed: int = 0) -> list[Pair]:
     "Of `n` drafts by the model of how each passage goes on, the best before the worst by `choice`; without those too short or equal."
     end, pairs = document_ends(lm.tokenizer)[1], []
-    for some, ids, scores in _drafts_after(lm, judge, found, n, [choice], new_tokens, batch_size, seed):
-        for passage, drafts, values in zip(some, ids.tolist(), scores[choice]):
+    for some, prompts, ids, scores in _drafts_after(lm, judge, found, n, [choice], new_tokens, batch_size, seed):
+        for passage, prompt, drafts, values in zip(some, prompts, ids.tolist(), scores[choice]):
             best, worst = (up_to_halt(drafts[place], [end])[0] for place in (values.argmax(), values.argmin()))
             size = min(len(best), len(worst))
             if size >= _SHORTEST and best[:size] != worst[:size]:
-                pairs.append(Pair(passage.paper, f'judged, {choice}', prompt_ids(lm.tokenizer, passage), best[:size], worst[:size]))
+                pairs.append(Pair(passage.paper, f'judged, {choice}', prompt, best[:size], worst[:size]))
     return pairs
 
 

@@ -443,4 +443,5 @@ def test_readme_shows_the_numbers_that_were_measured():
     import results
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     assert results.readme(text) == text, 'run `.venv/bin/python nbs/_render/results.py`: the README shows other numbers than nbs/results'
+    assert {name for _, name, _ in results.BLOCK.findall(text)} == results.BLOCKS.keys(), 'a block that the README shows is not written'
     assert '| distilled |' in text.replace('  ', ' ').replace('  ', ' ')

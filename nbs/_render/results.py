@@ -13,7 +13,7 @@ import pandas as pd
 from scilm_adapt import report
 from scilm_adapt.evaluate import VERDICTS, finding
 from scilm_adapt.files import read_json, write_json, write_text
-from scilm_adapt.intervals import signed_interval
+from scilm_adapt.intervals import signed_interval, told_differences
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT/'nbs'/'results'
@@ -21,23 +21,22 @@ BLOCK = re.compile(r'(<!-- (\w+): written by nbs/_render/results\.py -->\n).*?(<
 
 # Contrasts that a protocol asked about: what is contrasted, with which model and papers, the page, its claim's place in nbs/results, and
 # what its number counts (fewer is better).
-REAL, TOY, BITS, TOLD = 'the student', 'a toy', 'bits per byte', 'AUC of a classifier'
+REAL, TOY, BITS, TOLD, AGAIN = 'the student', 'a toy', 'bits per byte', 'AUC of a classifier', '4-grams that stood there before'
 CONTRASTS = (
-    ('a paper in view of others, as it is read', f'{REAL}, documentation', 'view', 'view-docs claims in_view', BITS),
-    ('the same', f'{REAL}, abstracts', 'view', 'view-arxiv claims in_view', BITS),
-    ('the same, of papers that are related', f'{REAL} as it was first, abstracts', 'chains', 'chains claim', BITS),
-    ('which paper helps to write this one: a finder', f'{REAL}, documentation', 'finding', 'finding claims finder', BITS),
-    ('the same, and whether learning from gains is it', f'{REAL}, documentation', 'finding', 'finding claims learnt', BITS),
-    ('which draft goes on like a paper: a judge', f'{REAL}, abstracts', 'writing', 'writing claims best_by_judge', TOLD),
+    ('a paper in view of others, as it is read', f'{REAL}, documentation', 'view', ('view-docs', 'claims', 'in view'), BITS),
+    ('the same', f'{REAL}, abstracts', 'view', ('view-arxiv', 'claims', 'in view'), BITS),
+    ('the same, of papers that are related', f'{REAL} as it was first, abstracts', 'chains', ('chains', 'claim'), BITS),
+    ('which paper helps to write this one: a finder', f'{REAL}, documentation', 'finding', ('finding', 'claims', 'finder'), BITS),
+    ('the same, and whether learning from gains is it', f'{REAL}, documentation', 'finding', ('finding', 'claims', 'learnt'), BITS),
+    ('which draft goes on like a paper: a judge', f'{REAL}, abstracts', 'writing', ('writing', 'claims', 'best by judge'), TOLD),
     ('words likelier after stage 1 than before it: contrastive decoding', f'{REAL}, abstracts', 'writing',
-     'writing claims contrastive_decoding', TOLD),
-    ('places with the same next word', f'{TOY}, abstracts', 'contrasts', 'contrasts claims next_token_0.1', BITS),
-    ('the right word and words said before', f'{TOY}, abstracts', 'contrasts', 'contrasts claims contrastive_token',
-     '4-grams that stood there before'),
-    ('every word said before: unlikelihood', f'{TOY}, abstracts', 'contrasts', 'contrasts claims unlikelihood',
-     '4-grams that stood there before'),
-    ('rounds of a repeated sentence: DITTO', f'{TOY}, abstracts', 'contrasts', 'contrasts claims DITTO', '4-grams that stood there before'),
-    ('general text that a scout forgot most, replayed', f'{TOY}, abstracts', 'contrasts', 'contrasts second claims chosen_replay', BITS))
+     ('writing', 'claims', 'contrastive decoding'), TOLD),
+    ('places with the same next word', f'{TOY}, abstracts', 'contrasts', ('contrasts', 'claims', 'next token 0.1'), BITS),
+    ('the right word and words said before', f'{TOY}, abstracts', 'contrasts', ('contrasts', 'claims', 'contrastive token'), AGAIN),
+    ('every word said before: unlikelihood', f'{TOY}, abstracts', 'contrasts', ('contrasts', 'claims', 'unlikelihood'), AGAIN),
+    ('rounds of a repeated sentence: DITTO', f'{TOY}, abstracts', 'contrasts', ('contrasts', 'claims', 'DITTO'), AGAIN),
+    ('general text that a scout forgot most, replayed', f'{TOY}, abstracts', 'contrasts',
+     ('contrasts', 'second', 'claims', 'chosen replay'), BITS))
 
 
 def adopt(run_folder: str, name: str) -> None:
@@ -86,7 +85,7 @@ def real() -> list[str]:
         report.table(metrics).to_markdown(), report.promises(metrics).to_markdown(index=False), ' '.join(said)]
 
 
-def readme_block() -> str:
+def results_block() -> str:
     "The results as the README shows them: the table and the figure of the quickstart, and what was promised."
     metrics = read_json(RESULTS/'quickstart.json')
     return '\n\n'.join([
@@ -102,18 +101,16 @@ def readme_block() -> str:
 def contrasts_block() -> str:
     "What came out of the contrasts that a protocol asked about, a row each."
     rows = []
-    for what, of, page, place, number in CONTRASTS:
-        name, *keys = place.split()
+    for what, of, page, (name, *keys), number in CONTRASTS:
         about = read_json(RESULTS/f'{name}.json')
-        for key in keys: about = about[key.replace('_', ' ') if key.replace('_', ' ') in about else key]
+        for key in keys: about = about[key]
         rows.append({'contrast': f'[{what}](nbs/{page}.ipynb)', 'of': of, 'number': number,
-                     'difference from what could take its credit (fewer is better)': '; '.join(
-                         f'{signed_interval(found)} against {control}' for control, found in about['differences'].items()),
+                     'difference from what could take its credit (fewer is better)': told_differences(about),
                      'verdict': about['verdict']})
     return pd.DataFrame(rows).to_markdown(index=False)
 
 
-BLOCKS = dict(results=readme_block, contrasts=contrasts_block)
+BLOCKS = dict(results=results_block, contrasts=contrasts_block)
 
 
 def readme(text: str) -> str:
