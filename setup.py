@@ -34,6 +34,6 @@ setup(
     package_data={cfg['lib_path']: ['zoo/*', 'zoo/**/*']}, include_package_data=True, cmdclass={'build_py': BuildWithNotebooks},
     install_requires=cfg['requirements'].split(),
     extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'api', 'lora', 'quantised', 'spreadsheets', 'pdf',
-                                                                               'engines')},
+                                                                               'engines', 'deepspeed')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]}, zip_safe=False)

@@ -32,7 +32,7 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
 MODULES = sorted((ROOT/'scilm_adapt').glob('[!_]*.py'))
 PRESETS = sorted((ROOT/'nbs'/'presets').glob('*.yaml'))
-TRAINING_MODULES = ['checkpoints', 'training', 'recipe', 'intervals', 'decoding', 'geometry', 'pairs', 'preference', 'next_token',
+TRAINING_MODULES = ['shards', 'checkpoints', 'training', 'recipe', 'intervals', 'decoding', 'geometry', 'pairs', 'preference', 'next_token',
                     'mistakes', 'contrast', 'finder', 'judge', 'divergence',
                     'teacher', 'alignment', 'rollouts', 'collapse', 'task_arithmetic', 'distill', 'evaluate']
 SELF_EVIDENT = {'self', 'cls', 'tokenizer', 'model'}    # also tokenizer_a, model_b: they are transformers', whatever their class

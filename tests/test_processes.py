@@ -15,9 +15,10 @@ from world import WORDS, descent, two_processes
 from scilm_adapt.distill import batch_maker, distil_loss
 from scilm_adapt.models import LanguageModel, build
 from scilm_adapt.runs import rng
+from scilm_adapt.shards import is_shared_out, whole_model
 from scilm_adapt.teacher import LiveTeacher
 from scilm_adapt.tokens import encode_chat, encode_document, pack, train_tokenizer
-from scilm_adapt.training import _accelerator_for, _LossModule, adamw, fit, is_shared_out, micro_batches, schedule, whole_model
+from scilm_adapt.training import _accelerator_for, _LossModule, adamw, fit, micro_batches, schedule
 
 torch.set_num_threads(1)
 # Rows of conversations and of papers in a step, rows computed at once, bits of a number, divergence, processes' way. AdamW divides a

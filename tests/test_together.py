@@ -28,7 +28,7 @@ from scilm_adapt.files import write_text
 from scilm_adapt.models import tiny
 from scilm_adapt.processes import check_launch, check_share, launch, run_script
 from scilm_adapt.running import read_parameters, shipped_notebook
-from scilm_adapt.runs import Run, divided, from_first, meet, ranks, stage
+from scilm_adapt.runs import Run, divided, from_first, meet, part, ranks, stage
 from scilm_adapt.servers import send
 from scilm_adapt.teacher import LiveTeacher, build_cache
 from scilm_adapt.tokens import encode_chat, pack
@@ -152,8 +152,10 @@ def work(folder: Path, url: str) -> None:
     def fill(aside: Path) -> None: [*divided(range(2), lambda n: (folder/f'part-{number}').write_bytes(bytes(2000)))]
     seen['full'] = caught(lambda: stage(run, 'tokens', {}, fill, together=True))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    (folder/f'seen.{number}').write_text(json.dumps(seen))
     meet()
+    part()
+    seen['threads'] = [file.read_text().strip() for file in Path('/proc/self/task').glob('*/comm')]
+    (folder/f'seen.{number}').write_text(json.dumps(seen))
 
 
 def test_work_is_divided_done_once_and_fails_in_all(tmp_path):
@@ -170,6 +172,7 @@ def test_work_is_divided_done_once_and_fails_in_all(tmp_path):
     assert first['one fails'] == ['InputError', 'three is odd; give another number. (in process 1)']
     assert second['one fails'] == ['InputError', 'three is odd; give another number.']
     for seen in (first, second):
+        assert seen['threads'] and not any('gloo' in name for name in seen['threads']), 'they would abort a program that ends'
         assert seen['other input'][0] == 'InputError' and 'same parameters, files and version' in seen['other input'][1]
         assert seen['answers'] == ['so']*4 and seen['full'][0] == 'InputError', seen['full']
         assert 'tokens does not fit on the disk' in seen['full'][1] and 'Free some space' in seen['full'][1]
@@ -184,14 +187,30 @@ def test_work_is_divided_done_once_and_fails_in_all(tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('told', 'cards', 'line'), [
-    (dict(ACCELERATE_USE_DEEPSPEED='true'), 8, 'distributed_type is DEEPSPEED.*fsdp2.yaml'),
+    (dict(ACCELERATE_USE_DEEPSPEED='true'), 8, "stage is 2.*set it to 3.*zero3.yaml"),
+    (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_CONFIG_FILE='{folder}/two.json'), 8, "stage is 2.*set it to 3"),
+    (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_CONFIG_FILE='{folder}/lost.json'), 8, 'lost.json'),
+    (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_CONFIG_FILE='{folder}/away.json'), 8, 'offload is on.*none'),
+    (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3', ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE='cpu'), 8,
+     'offload is on.*none'),
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='1'), 8, 'fsdp_version is 1.*set it to 2'),
     (dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2'), 0, 'distributed_type is FSDP.*no'),
     (dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4'), 8, 'gradient_accumulation_steps is 4.*micro_batch'),
     (dict(ACCELERATE_USE_MEGATRON_LM='true'), 8, 'MEGATRON_LM'),
     (dict(PARALLELISM_CONFIG_TP_SIZE='2'), 8, 'use_parallelism_config.*leave it out')])
-def test_a_configuration_that_a_run_cannot_follow_is_refused_by_its_line(told, cards, line):
+def test_a_configuration_that_a_run_cannot_follow_is_refused_by_its_line(told, cards, line, tmp_path):
+    (tmp_path/'two.json').write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path/'away.json').write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}')
+    told = {name: value.format(folder=tmp_path) for name, value in told.items()}
     with pytest.raises(InputError, match=line): check_launch(told, cards)
+
+
+def test_deepspeed_that_is_not_installed_is_said_with_the_way_to_it(monkeypatch):
+    told = dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3')
+    monkeypatch.setattr('scilm_adapt.processes.find_spec', lambda name: name)
+    check_launch(told, 8)
+    monkeypatch.setattr('scilm_adapt.processes.find_spec', lambda name: None)
+    with pytest.raises(InputError, match=r'not installed; run pip install .scilm_adapt\[deepspeed\]'): check_launch(told, 8)
 
 
 @pytest.mark.parametrize(('parameters', 'processes', 'shared', 'said'), [
@@ -218,7 +237,7 @@ def test_more_processes_than_rows_end_with_a_sentence_and_exit_code_2(tmp_path, 
 def test_what_all_processes_refuse_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
     done = scilm(tmp_path, 'run', '-p', 'batch_size', '2', '-o', 'mine', '--processes', '2')
-    assert done.returncode == 2 and done.stderr.count('distributed_type is DEEPSPEED') == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.count("DeepSpeed's stage is 2") == 1, done.stderr
     assert 'Traceback' not in done.stderr and not (tmp_path/'mine').exists()
 
 
@@ -238,10 +257,11 @@ def test_when_one_process_fails_the_others_do_not_outlive_it(tmp_path, monkeypat
     assert not psutil.pid_exists(int((tmp_path/'0').read_text()))
 
 
-@pytest.mark.parametrize('name', ['ddp', 'fsdp2'])
+@pytest.mark.parametrize('name', ['ddp', 'fsdp2', 'zero3'])
 def test_accelerate_reads_the_configurations(name):
     config = load_config_from_file(str(ROOT/'nbs'/'presets'/'accelerate'/f'{name}.yaml'))
-    assert config.num_processes == 8 and config.distributed_type.value == dict(ddp='MULTI_GPU', fsdp2='FSDP')[name]
+    assert config.num_processes == 8 and config.distributed_type.value == dict(ddp='MULTI_GPU', fsdp2='FSDP', zero3='DEEPSPEED')[name]
+    if name == 'zero3': assert config.deepspeed_config['zero_stage'] == 3 and not config.deepspeed_config['zero3_init_flag']
     if name == 'fsdp2': assert config.fsdp_config['fsdp_version'] == 2 and not config.fsdp_config['fsdp_cpu_ram_efficient_loading']
 
 
