@@ -19,7 +19,7 @@ from .models import hidden_states, logits_of
 from .preference import sentence_parts
 from .runs import rng
 from .tokens import document_ends, encode
-from .training import exact, target_states
+from .training import exact
 
 # %% ../nbs/33_mistakes.ipynb #mis00008
 def earlier_tokens(batch: dict[str, torch.Tensor], window: int) -> torch.Tensor:
@@ -61,9 +61,6 @@ def unlikelihood(logits: torch.Tensor, targets: torch.Tensor, candidates: torch.
 MISTAKES: dict[str, Callable[..., torch.Tensor]] = {'contrastive token': contrastive_token, 'unlikelihood': unlikelihood}
 
 # %% ../nbs/33_mistakes.ipynb #mis00017
-_AT_ONCE = 2**23  # numbers of logits to hold at once, 32 MiB
-
-
 @dataclass(frozen=True)
 class Mistakes:
     "The settings of the contrast with words that were said before."
@@ -72,23 +69,18 @@ class Mistakes:
     likely: int = 20                  # how many of the likeliest words a mistake is among (0 = all words, as in unlikelihood's paper)
 
 
-def _in_chunks(loss: Callable, model, *tensors: torch.Tensor) -> torch.Tensor:
-    "The sum of `loss(...)` over chunks of tensors whose first are states [N, D], each chunk computed again on the way back."
-    size = max(1, _AT_ONCE//len(model.get_output_embeddings().weight))
-    return sum((checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False)
-                for chunk in zip(*(tensor.split(size) for tensor in tensors))), exact(tensors[0]).sum()*0)
-
-
-def mistakes_loss(model, batch: dict[str, torch.Tensor], hidden: torch.Tensor, settings: Mistakes = Mistakes()) -> torch.Tensor:
-    "The loss of `settings.kind` at the targets of a packed batch, from states [B, L, D], summed and divided by batch['count']: a scalar."
-    states, targets = target_states(hidden, batch)
-    candidates = earlier_tokens(batch, min(settings.window, hidden.shape[1]))
-    def loss(states: torch.Tensor, targets: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        logits = exact(logits_of(model, states))
-        return MISTAKES[settings.kind](logits, targets, candidates, likely_ones(logits.detach(), candidates, settings.likely)).sum()
-    return _in_chunks(loss, model, states, targets, candidates)/batch['count']
+def mistakes_loss(predicted: tuple[torch.Tensor, torch.Tensor], batch: dict[str, torch.Tensor],
+                  settings: Mistakes = Mistakes()) -> torch.Tensor:
+    "The loss of `settings.kind` of a packed batch and its `training.target_logits`, summed and divided by batch['count']: a scalar."
+    logits, targets = predicted
+    candidates = earlier_tokens(batch, min(settings.window, batch['input_ids'].shape[1]))
+    some = likely_ones(logits.detach(), candidates, settings.likely)
+    return MISTAKES[settings.kind](logits, targets, candidates, some).sum()/batch['count']
 
 # %% ../nbs/33_mistakes.ipynb #mis00020
+_AT_ONCE = 2**23  # numbers of logits to hold at once, 32 MiB
+
+
 @dataclass(frozen=True)
 class Ditto:
     "The settings of lessons in repetition."

@@ -103,12 +103,12 @@ def test_a_batch_is_a_function_of_seed_and_step(student):
 
 def test_weighted_sum_reports_parts_and_skips_weight_zero(student):
     seen = []
-    def part(model, batch, hidden): return seen.append(hidden) or torch.tensor(3.0)
+    def part(read): return seen.append((read.hidden, read.predicted)) or torch.tensor(3.0)
     def weights_at(step): return dict(a=2.0, again=0.5**(step + 1), b=0.0)
     loss = _weighted_sum(dict(a=part, again=part, b=lambda *a: pytest.fail('computed')), weights_at)
     batch = packed_papers(student).batch([0])
     assert loss(student.model, batch) == dict(loss=7.5, a=3.0, again=3.0)
-    assert seen[0] is seen[1]  # states are computed once
+    assert seen[0][0] is seen[1][0] and seen[0][1] is seen[1][1]  # states and logits are computed once
     assert loss(student.model, batch | dict(step=torch.tensor(1))) == dict(loss=6.75, a=3.0, again=3.0)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from world import exact, of_family, reader
 
 from scilm_adapt import mistakes as module
+from scilm_adapt.contrast import Recipe, contrast_loss
 from scilm_adapt.errors import InputError
 from scilm_adapt.mistakes import (
     MISTAKES,
@@ -27,7 +28,7 @@ from scilm_adapt.models import hidden_states, logits_of
 from scilm_adapt.papers import document
 from scilm_adapt.preference import Preference, _make_pairs
 from scilm_adapt.tokens import document_ends, encode_document, pack
-from scilm_adapt.training import micro_batches, target_states
+from scilm_adapt.training import lm_loss, micro_batches, target_logits, target_states
 
 PAPERS = [dict(id=str(n), title=f'On {name}', text=f'We study {name} and {name} in {n} experiments. The {name} was measured, and measured.')
           for n, name in enumerate(('heat', 'light', 'sound', 'salt', 'iron', 'water'))]
@@ -88,29 +89,37 @@ def test_nothing_said_before_costs_nothing_and_a_certain_mistake_stays_finite(ki
 @pytest.mark.parametrize('family', ['llama', 'gemma2', 'cohere'])  # plain, with a soft cap, with scaled logits
 @pytest.mark.parametrize('settings', [Mistakes(), Mistakes('unlikelihood', 5, 0), Mistakes('contrastive token', 64, 3)],
                          ids=lambda settings: settings.kind)
-def test_the_part_is_the_mean_over_all_targets_in_chunks_and_in_parts(student, batch, monkeypatch, family, settings):
+def test_the_part_is_the_mean_over_all_targets_and_adds_up_in_parts(student, batch, family, settings):
     model = of_family(family, student.tokenizer).model.requires_grad_(True)
     def slopes(value): return [p for p in torch.autograd.grad(value, [*model.parameters()], allow_unused=True) if p is not None]
     states, targets = target_states(hidden_states(model, batch), batch)
     logits, candidates = logits_of(model, states), earlier_tokens(batch, settings.window)
     wanted = torch.stack([loop(settings.kind, *row, settings.likely) for row in
                           zip(logits, targets.tolist(), [{*some} - {-1} for some in candidates.tolist()])]).mean()
-    whole = mistakes_loss(model, batch, hidden_states(model, batch), settings)
-    monkeypatch.setattr(module, '_AT_ONCE', 7*len(student.tokenizer))
-    cut = sum(mistakes_loss(model, part, hidden_states(model, part), settings) for part in micro_batches(batch, 1))
+    whole = mistakes_loss(target_logits(model, batch), batch, settings)
+    cut = sum(mistakes_loss(target_logits(model, part), part, settings) for part in micro_batches(batch, 1))
     assert wanted > 1e-3
     for value in (whole, cut):
         assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
         for one, other in zip(slopes(value), slopes(wanted), strict=True): torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
-        wanted = mistakes_loss(model, batch, hidden_states(model, batch), settings)
+        wanted = mistakes_loss(target_logits(model, batch), batch, settings)
 
 
-def test_no_table_of_tokens_and_words_is_kept(student, batch, monkeypatch):
-    monkeypatch.setattr(module, '_AT_ONCE', 5*len(student.tokenizer))
-    kept, hidden, head = [], hidden_states(student.model, batch), student.model.get_output_embeddings().weight
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
-        mistakes_loss(student.model, batch, hidden)
-    assert 0 < max(kept) <= max(hidden.numel(), head.numel()) < batch['count']*len(student.tokenizer)
+def test_no_second_table_of_tokens_and_words_is_kept(student, batch):
+    kept, predicted = [], target_logits(student.model, batch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mistakes_loss(predicted, batch)
+    tables = [tensor for tensor in kept if tensor.numel() >= predicted[0].numel()]
+    assert kept and all(tensor.data_ptr() == predicted[0].data_ptr() for tensor in tables)
+
+
+def test_reading_and_the_part_share_one_product_with_the_output_head(student, batch, monkeypatch):
+    asked = []
+    monkeypatch.setattr('scilm_adapt.training.logits_of', lambda model, states: asked.append(len(states)) or logits_of(model, states))
+    loss = contrast_loss(Recipe(steps=1, token_weight=0, pairs_weight=0, mistakes_weight=0.3))(student.model, batch)
+    assert asked == [int(batch['count'])] and loss['loss'].item() == pytest.approx((loss['lm'] + 0.3*loss['mistakes']).item())
+    torch.testing.assert_close(loss['lm'], lm_loss(student.model, batch))
+    torch.testing.assert_close(loss['mistakes'], mistakes_loss(target_logits(student.model, batch), batch))
 
 
 # --- lessons in repetition
