@@ -15,6 +15,7 @@ The ways of stage 2 take turns, have the same weights and tokens, and the median
     naive    all logits of both models, JSD(1/2) as one would write it down, autograd
     ours     `divergence.chunked_loss`, through `teacher.OpenTeacher` as in training
     cached   forward KL from 16 kept words a token, no teacher: what the second epoch costs
+    liger    LigerFusedLinearJSDLoss of Liger from the states of learnt tokens; if Liger is installed
     trl      GKDTrainer.generalized_jsd_loss of TRL on all logits of the conversation, as its compute_loss does; if TRL is installed
 
 The share is of the rate of bfloat16 products of two 8192 x 8192 matrices, measured in the same run. Operations are counted by need: three
@@ -32,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -101,7 +103,13 @@ def ways(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, to
         everything = torch.ones(count, dtype=torch.bool, device=ids.device)
         weights = torch.full((count, 16), 1/16, device=ids.device)
         return sparse_loss(states, head_of(student), token_ids, weights, everything, targets='sampled')
-    found = dict(naive=naive, ours=ours, cached=cached)
+    def liger() -> torch.Tensor:
+        states, targets = target_states(hidden_states(student, batch), batch)
+        with torch.no_grad(): said = target_states(hidden_states(teacher, batch), batch)[0]
+        heads = (lm.get_output_embeddings().weight for lm in (student, teacher))
+        loss = importlib.import_module('liger_kernel.chunked_loss').LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+        return loss(states, next(heads), said, next(heads), targets)
+    found = dict(naive=naive, ours=ours, cached=cached) | (dict(liger=liger) if find_spec('liger_kernel') else {})
     try: gkd = importlib.import_module('trl.experimental.gkd').GKDTrainer
     except (ImportError, RuntimeError): return found
     labels, mask = torch.where(batch['loss_mask'], ids, -100), torch.ones_like(ids)

@@ -143,16 +143,25 @@ def naive_loss(states: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, 
     return 0.5*sum(F.kl_div(middle, one, log_target=True, reduction='sum') for one in (said, student))/len(states)
 
 
+def liger_loss(states: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, teacher_head: torch.Tensor) -> torch.Tensor:
+    "JSD by Liger, whose chunked losses are PyTorch, and compiled as they come."
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+    return loss(states, head, teacher, teacher_head, torch.zeros(len(states), dtype=torch.long, device=states.device))
+
+
 def loss_alone(folder: Path, ways: list[str], kind: str, vocabulary: int, tokens: int, width: int = 256, rounds: int = 5) -> dict:
-    "A loss and its gradients from states of width `width` and twice that, the 'naive' and our 'chunked' way in turn; see `contest`."
+    "A loss and its gradients from states of width `width` and twice that, 'naive', our 'chunked' and 'liger' in turn; see `contest`."
     draw = torch.Generator().manual_seed(0)
     states, head = (torch.randn(n, width, generator=draw, requires_grad=True) for n in (tokens, vocabulary))
     teacher, teacher_head = (torch.randn(n, 2*width, generator=draw) for n in (tokens, vocabulary))
     with torch.no_grad(): [tensor.mul_(2*tensor.shape[-1]**-0.25) for tensor in (states, head, teacher, teacher_head)]
     everything, divergence = torch.ones(tokens, dtype=torch.bool), 'jsd scaled=false' if kind == 'jsd' else kind
     calls = dict(naive=lambda: naive_loss(states, head, teacher, teacher_head, kind),
-                 chunked=lambda: chunked_loss(states, head, teacher, teacher_head, everything, divergence))
+                 chunked=lambda: chunked_loss(states, head, teacher, teacher_head, everything, divergence),
+                 liger=lambda: liger_loss(states, head, teacher, teacher_head))
     seconds, losses = {way: [] for way in ways}, {way: [] for way in ways}
+    if 'liger' in ways: calls['liger']().backward()  # compiles it, which takes memory, too
     with Peak() as peak:
         for number in range(WARM + rounds if len(ways) > 1 else 1):
             for way in ways[::1 if number % 2 else -1]:
