@@ -10,7 +10,7 @@ __all__ = ['choices', 'Recipe', 'mixed_rows', 'chosen', 'check_choices', 'chaine
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -207,24 +207,18 @@ def anchor_loss(model, reference: PreTrainedModel, batch: dict[str, torch.Tensor
     return sum(checkpoint(apart, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)/batch['count']
 
 # %% ../nbs/34_contrast.ipynb #77e554cd
-@dataclass
-class _Read:
-    "What the parts of a step's loss look at, made when it is first asked for: the batch's states, and the logits at its targets."
-    model: PreTrainedModel
-    batch: dict[str, torch.Tensor]
+def _weighted_sum(of_logits: dict[str, Callable], of_states: dict[str, Callable],
+                  weights_at: Callable[[int], dict[str, float]]) -> Callable:
+    """A loss for `training.fit`: 'loss' and each part; at a weight of 0 a part is left out.
 
-    @cached_property
-    def hidden(self) -> torch.Tensor: return hidden_states(self.model, self.batch)
-
-    @cached_property
-    def predicted(self) -> tuple[torch.Tensor, torch.Tensor]: return target_logits(self.model, self.batch, self.hidden)
-
-
-def _weighted_sum(parts: dict[str, Callable[[_Read], torch.Tensor]], weights_at: Callable[[int], dict[str, float]]) -> Callable:
-    "A loss for `training.fit`: 'loss' and each part; at a weight of 0 a part is left out."
+    Parts are f(predicted, batch), which share the batch's `training.target_logits`, and f(model, batch, hidden) of its states.
+    """
     def loss(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        read, weights = _Read(model, batch), weights_at(int(batch.get('step', 0)))
-        values = {name: part(read) for name, part in parts.items() if weights[name]}
+        hidden, weights = hidden_states(model, batch), weights_at(int(batch.get('step', 0)))
+        predicted = target_logits(model, batch, hidden)
+        values = {name: part(predicted, batch) for name, part in of_logits.items() if weights[name]}
+        del predicted  # the largest table of a step, which the others need not hold
+        values |= {name: part(model, batch, hidden) for name, part in of_states.items() if weights[name]}
         return dict(loss=sum(weights[name]*value for name, value in values.items()), **values)
     return loss
 
@@ -236,17 +230,16 @@ def contrast_loss(recipe: Recipe, reference: PreTrainedModel | None = None) -> C
     'lm' and 'anchor', the distance from `reference`, are in nats per token.
     """
     settings = recipe.pairs
-    def lm(read): return mean_nats(read.predicted, read.batch)
-    def token(read):
-        return token_contrast(read.hidden, read.batch['segments'], recipe.margin, band=recipe.band, count=read.batch['token_pairs'])
-    def pairs(read): return pair_loss(read.model, read.batch, settings.temperature, settings.pooling, settings.chunk)
-    def preference(read): return preference_part(read.model, read.batch, **recipe.preference.settings)
-    def next_token(read): return next_token_part(read.batch, read.hidden, recipe.next_token.temperature)
-    def mistakes(read): return mistakes_loss(read.predicted, read.batch, recipe.mistakes)
-    def ditto(read): return ditto_loss(read.model, read.batch, recipe.ditto.decay)
-    def anchor(read): return anchor_loss(read.model, reference, read.batch, read.hidden)
-    return _weighted_sum(dict(lm=lm, token=token, pairs=pairs, preference=preference, next_token=next_token,
-                              mistakes=mistakes, ditto=ditto, anchor=anchor), recipe.weights_at)
+    def mistakes(predicted, batch): return mistakes_loss(predicted, batch, recipe.mistakes)
+    def token(model, batch, hidden):
+        return token_contrast(hidden, batch['segments'], recipe.margin, band=recipe.band, count=batch['token_pairs'])
+    def pairs(model, batch, hidden): return pair_loss(model, batch, settings.temperature, settings.pooling, settings.chunk)
+    def preference(model, batch, hidden): return preference_part(model, batch, **recipe.preference.settings)
+    def next_token(model, batch, hidden): return next_token_part(batch, hidden, recipe.next_token.temperature)
+    def ditto(model, batch, hidden): return ditto_loss(model, batch, recipe.ditto.decay)
+    def anchor(model, batch, hidden): return anchor_loss(model, reference, batch, hidden)
+    return _weighted_sum(dict(lm=mean_nats, mistakes=mistakes), dict(token=token, pairs=pairs, preference=preference, ditto=ditto,
+                                                                     next_token=next_token, anchor=anchor), recipe.weights_at)
 
 
 def batch_maker(packed: Packed, recipe: Recipe, pairs_at: Callable[[int], dict] | None = None, preferred: Sequence[Pair] = (),

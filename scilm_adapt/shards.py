@@ -165,7 +165,8 @@ class Zero3(Accelerator):
             self._engine, *_ = deepspeed.initialize(model=module.to(self.device), optimizer=optimizers[0], dist_init_required=False,
                                                     config=_zero3_settings(self.mixed_precision))
         weakref.finalize(self, _free, self._engine).atexit = False
-        for p in module.model.get_output_embeddings().parameters():  # losses multiply by it themselves, outside of its own forward pass
+        head = getattr(module.model, 'get_output_embeddings', nn.Module)()
+        for p in head.parameters():  # losses multiply by it themselves, outside of its own forward pass
             deepspeed.zero.register_external_parameter(module, p)
         return [self._engine, _Zero3Optimizer(self._engine, groups)]
 

@@ -1,6 +1,7 @@
 """Stage 1: the sum of its losses, and a stage that leaves its student alone."""
 import copy
 import math
+import weakref
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -103,13 +104,23 @@ def test_a_batch_is_a_function_of_seed_and_step(student):
 
 def test_weighted_sum_reports_parts_and_skips_weight_zero(student):
     seen = []
-    def part(read): return seen.append((read.hidden, read.predicted)) or torch.tensor(3.0)
-    def weights_at(step): return dict(a=2.0, again=0.5**(step + 1), b=0.0)
-    loss = _weighted_sum(dict(a=part, again=part, b=lambda *a: pytest.fail('computed')), weights_at)
+    def of_logits(predicted, batch): return seen.append(predicted) or torch.tensor(3.0)
+    def of_states(model, batch, hidden): return seen.append(hidden) or torch.tensor(5.0)
+    def never(*_): pytest.fail('computed')
+    def weights_at(step): return dict(a=2.0, again=0.5**(step + 1), b=0.0, c=1.0, d=0.0)
+    loss = _weighted_sum(dict(a=of_logits, again=of_logits, b=never), dict(c=of_states, d=never), weights_at)
     batch = packed_papers(student).batch([0])
-    assert loss(student.model, batch) == dict(loss=7.5, a=3.0, again=3.0)
-    assert seen[0][0] is seen[1][0] and seen[0][1] is seen[1][1]  # states and logits are computed once
-    assert loss(student.model, batch | dict(step=torch.tensor(1))) == dict(loss=6.75, a=3.0, again=3.0)
+    assert loss(student.model, batch) == dict(loss=12.5, a=3.0, again=3.0, c=5.0)
+    assert seen[0] is seen[1] and torch.equal(seen[0][0], logits_of(student.model, target_states(seen[2], batch)[0]))  # computed once
+    assert loss(student.model, batch | dict(step=torch.tensor(1))) == dict(loss=11.75, a=3.0, again=3.0, c=5.0)
+
+
+def test_logits_are_gone_when_parts_of_the_states_are_computed(student):
+    logits = []
+    def keep(predicted, batch): return logits.append(weakref.ref(predicted[0])) or predicted[0].sum()*0
+    def look(model, batch, hidden): return hidden.sum()*0 + (logits[0]() is not None)
+    loss = _weighted_sum(dict(a=keep), dict(b=look), lambda step: dict(a=1.0, b=1.0))
+    assert loss(student.model, packed_papers(student).batch([0]))['b'] == 0
 
 
 @pytest.mark.parametrize('micro_batch', [16, 4, 1])

@@ -77,6 +77,17 @@ WAYS = dict(
     half=dict(precision='bf16', optimizers=descent))
 
 
+def line() -> torch.nn.Module:
+    "A model that is none of transformers', trained for a few steps."
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    def batch_at(step: int) -> dict:
+        return dict(input_ids=torch.randn(4, 4, generator=torch.Generator().manual_seed(step)), count=torch.tensor(4.0))
+    fit(model, batch_at, lambda model, batch: dict(loss=model(batch['input_ids']).square().sum()/batch['count']), 3, learning_rate=0.1,
+        optimizers=descent, precision='no')
+    return model
+
+
 def numbers(history: list[dict]) -> list[list[float]]:
     return [[row['loss'], row['grad_norm'], row.get('skipped', 0)] for row in history]
 
@@ -111,6 +122,7 @@ def work(folder: Path) -> None:
     stopped(folder/'two, then two')
     keep('two, then two', *reading(folder/'two, then two'))
     keep('one, then two', *reading(folder/'one, then two'))
+    seen['line'] = [shared(p).full_tensor().tolist() for p in line().parameters()]
     seen['muon'] = said(lambda: reading(optimizers=muon))
     seen['fp16'] = said(lambda: reading(precision='fp16'))
     seen['other'] = said(lambda: reading(folder/'two, then two', hidden=16))
@@ -182,6 +194,13 @@ def test_a_training_goes_on_with_one_process_or_two(together, name):
     assert near(history, expected, 1e-4)
     distance = apart(weights, whole.model)
     assert distance.quantile(0.99) < 1e-5 and distance.max() < 2e-3, (distance.quantile(0.99), distance.max())
+
+
+def test_any_module_can_be_shared_out(together):
+    expected = [p.flatten().tolist() for p in line().parameters()]
+    for rank in (0, 1):
+        for one, other in zip(json.loads((together/f'seen.{rank}').read_text())['line'], expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-6)
 
 
 def test_what_zero3_cannot_do_is_said_and_its_memory_is_given_back(together):
