@@ -1,4 +1,5 @@
 """What the benchmark notebook and the GPU script measure, at toy size: the work is the same for all, the counts are right, they run."""
+import ast
 import gzip
 import importlib
 import json
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scilm_adapt.files import staged_folder
 from scilm_adapt.models import hidden_states, logits_of, save
+from scilm_adapt.running import MALLOC
 
 FOLDER = Path(__file__).resolve().parents[1]/'nbs'/'_benchmark'
 
@@ -304,6 +306,17 @@ def test_a_step_of_a_larger_model_takes_more(tmp_path):
 
 @needs_trl
 @pytest.mark.slow
+def test_malloc_is_as_it_comes_also_where_who_runs_the_page_has_tuned_it(tmp_path, monkeypatch):
+    cells = json.loads((FOLDER.parent/'benchmark.ipynb').read_text(encoding='utf-8'))['cells']
+    source = next(text for cell in cells if 'def ask(' in (text := ''.join(cell['source'])))
+    wanted = next(node for node in ast.parse(source).body if getattr(node, 'name', '') == 'ask')
+    names = dict(os=os, sys=sys, json=json, subprocess=subprocess, MALLOC=MALLOC, scripts=tmp_path, work=tmp_path)
+    exec(compile(ast.Module([wanted], []), 'ask', 'exec'), names)
+    (tmp_path/'steps.py').write_text('import json, os\nprint(json.dumps({k: v for k, v in os.environ.items() if k.startswith("MALLOC")}))')
+    for name, value in MALLOC.items(): monkeypatch.setenv(name, value)
+    assert names['ask']('contest') == {} and names['ask']('contest', tuned=True) == MALLOC
+
+
 def test_the_notebook_prints_every_goal_with_what_was_reached(tmp_path, capsys):
     "Its cells on reading and distillation, with `ask` calling the functions here: processes of their own would take minutes."
     sources = notebook_code()
