@@ -546,6 +546,8 @@ def test_the_benchmark_is_the_page_with_its_rounds(notebook, monkeypatch, capsys
     out = capsys.readouterr().out
     assert 'rounds are 3 True' in out and 'outputs/bench/run.ipynb' in out
     assert visible(page.parent/'outputs'/'bench') == ['run.ipynb']
+    cells = json.loads((Path(__file__).resolve().parents[1]/'nbs'/'benchmark.ipynb').read_text(encoding='utf-8'))['cells']
+    assert "print('scilm: run complete')" in ''.join(cells[-1]['source']), 'or the real page is said to have failed, after an hour'
 
 
 def test_a_benchmark_that_cannot_run_says_why(tmp_path, monkeypatch, capsys):
