@@ -72,16 +72,16 @@ class Weights:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         "The tensors; FloatingPointError, naming it, for one to be learnt that is not finite."
-        tensors = {name: shared(tensor) for name, tensor in self.tensors().items()}
-        learnt = {name for name, p in self.tensors().items() if p.requires_grad}
-        odd = next((name for name in tensors if name in learnt and not local_part(tensors[name]).isfinite().all()), None)
+        held = {name: (shared(tensor), tensor.requires_grad) for name, tensor in self.tensors().items()}
+        odd = next((name for name, (tensor, learnt) in held.items() if learnt and not local_part(tensor).isfinite().all()), None)
         if odd: raise FloatingPointError(f'The weights {odd} are not finite, so no checkpoint is written; lower learning_rate.')
-        return tensors
+        return {name: tensor for name, (tensor, _) in held.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         "Put the numbers of `state`, whole or this process's parts, in place; InputError for those of another model."
-        mine = {name: local_part(shared(tensor)) for name, tensor in self.tensors().items()}
-        new = {name: local_part(own_part(self.tensors()[name], value)) if name in mine else value for name, value in state.items()}
+        weights = self.tensors()
+        mine = {name: local_part(shared(tensor)) for name, tensor in weights.items()}
+        new = {name: local_part(own_part(weights[name], value)) if name in weights else value for name, value in state.items()}
         wrong = sorted(mine.keys() ^ new.keys()) or [name for name in mine if mine[name].shape != new[name].shape]
         if wrong: raise InputError(f'The checkpoint is one of another model: {wrong[0]} differs; choose another folder, or that model.')
         for name, tensor in mine.items(): tensor.copy_(new[name])

@@ -130,15 +130,15 @@ def _zero_settings(told: dict[str, str]) -> dict[str, object]:
 def check_launch(told: dict[str, str], cards: int) -> None:
     "InputError, naming the line to change, for settings of Accelerate that a run cannot follow; `told` is the environment."
     def on(name: str) -> bool: return told.get(name, '').lower() in ('true', '1', 'yes', 'on')
-    zero = _zero_settings(told)
+    deepspeed = on('ACCELERATE_USE_DEEPSPEED')
+    zero = _zero_settings(told) if deepspeed else dict(stage=3)
     wrong = {
-        'distributed_type is DEEPSPEED': (on('ACCELERATE_USE_DEEPSPEED') and not find_spec('deepspeed'),
+        'distributed_type is DEEPSPEED': (deepspeed and not find_spec('deepspeed'),
                                           "it is not installed; run pip install 'scilm_adapt[deepspeed]', or take fsdp2.yaml"),
-        f"DeepSpeed's stage is {zero['stage']}": (on('ACCELERATE_USE_DEEPSPEED') and zero['stage'] not in (3, '3'), 'weights are to be '
-                                                  'shared out, too; set it to 3, as zero3.yaml does'),
-        "DeepSpeed's offload is on": (on('ACCELERATE_USE_DEEPSPEED') and any(
-            zero.get(f'offload_{what}', {}).get('device', 'none') != 'none' for what in ('optimizer', 'param')),
-            'that was never tried here; set its devices to none'),
+        f"DeepSpeed's stage is {zero['stage']}": (zero['stage'] not in (3, '3'), 'weights are to be shared out, too; set it to 3, as '
+                                                  'zero3.yaml does'),
+        "DeepSpeed's offload is on": (any(zero.get(f'offload_{what}', {}).get('device', 'none') != 'none' for what in
+                                          ('optimizer', 'param')), 'that was never tried here; set its devices to none'),
         'distributed_type is MEGATRON_LM': (on('ACCELERATE_USE_MEGATRON_LM'), 'models would have to be its own; take fsdp2.yaml'),
         'distributed_type is FSDP': (on('ACCELERATE_USE_FSDP') and not cards, 'weights are shared out over cards, of which there is none '
                                      'here; leave the file out, and give --processes'),

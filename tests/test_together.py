@@ -207,6 +207,7 @@ def test_a_configuration_that_a_run_cannot_follow_is_refused_by_its_line(told, c
 
 def test_deepspeed_that_is_not_installed_is_said_with_the_way_to_it(monkeypatch):
     told = dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3')
+    check_launch(dict(ACCELERATE_DEEPSPEED_CONFIG_FILE='lost.json'), 8)  # of which nothing is asked where DeepSpeed is not
     monkeypatch.setattr('scilm_adapt.processes.find_spec', lambda name: name)
     check_launch(told, 8)
     monkeypatch.setattr('scilm_adapt.processes.find_spec', lambda name: None)

@@ -106,9 +106,9 @@ def ways(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str, to
     def liger() -> torch.Tensor:
         states, targets = target_states(hidden_states(student, batch), batch)
         with torch.no_grad(): said = target_states(hidden_states(teacher, batch), batch)[0]
-        heads = (lm.get_output_embeddings().weight for lm in (student, teacher))
+        own, its = (lm.get_output_embeddings().weight for lm in (student, teacher))
         loss = importlib.import_module('liger_kernel.chunked_loss').LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
-        return loss(states, next(heads), said, next(heads), targets)
+        return loss(states, own, said, its, targets)
     found = dict(naive=naive, ours=ours, cached=cached) | (dict(liger=liger) if find_spec('liger_kernel') else {})
     try: gkd = importlib.import_module('trl.experimental.gkd').GKDTrainer
     except (ImportError, RuntimeError): return found
